@@ -1,0 +1,190 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What to do: the frozen records that decide a quantization. They hold no arrays and are hashable."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import numpy as np
+
+__all__ = ["QuantSpec", "Recipe", "ScaleRule", "SearchSpec", "rule"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class QuantSpec:
+    """The number format of a quantized weight.
+
+    Attributes:
+      bits: 2, 3 or 4; codes lie in nibbles whatever the width.
+      group_size: rows (along the contraction axis) that share one scale and zero; -1 is the whole column.
+      symmetric: zero point fixed at the middle of the range, or one zero code per group.
+      scale_dtype: name of the dtype that scales are stored in. Codes are rounded against the *stored* scale.
+
+    Raises:
+      ValueError: a field is outside its range.
+
+    >>> QuantSpec().levels, QuantSpec(bits=3).levels
+    (15, 7)
+    """
+
+    bits: int = 4
+    group_size: int = 128
+    symmetric: bool = False
+    scale_dtype: Literal["float16", "bfloat16", "float32"] = "float16"
+
+    def __post_init__(self) -> None:
+        if self.bits not in (2, 3, 4):
+            raise ValueError(f"QuantSpec.bits is {self.bits}; supported are 2, 3 and 4.")
+        if self.group_size != -1 and (self.group_size < 2 or self.group_size % 2):
+            raise ValueError(
+                f"QuantSpec.group_size is {self.group_size}; it must be an even number of rows, "
+                "usually 32, 64 or 128, or -1 for the whole column."
+            )
+        if self.scale_dtype not in ("float16", "bfloat16", "float32"):
+            raise ValueError(f"QuantSpec.scale_dtype is {self.scale_dtype!r}; use float16, bfloat16 or float32.")
+
+    @property
+    def levels(self) -> int:
+        """The largest code, ``2**bits - 1``."""
+        return 2**self.bits - 1
+
+    def rows_per_group(self, k: int, name: str = "weight") -> int:
+        """Group size for a contraction axis of length k.
+
+        Raises:
+          ValueError: the group size does not divide k, or k is odd.
+        """
+        g = k if self.group_size == -1 else self.group_size
+        if k % g or k % 2:
+            fits = [c for c in (128, 64, 32, 16, 8) if k % c == 0]
+            remedy = f"Use one that divides it ({', '.join(map(str, fits))})" if fits else "Use group_size=-1"
+            raise ValueError(
+                f"Cannot quantize {name!r}: its contraction dimension {k} is not a multiple of "
+                f"group_size={g}. {remedy}, or leave it unquantized with an override."
+            )
+        return g
+
+
+Statistic = Literal["mean", "max", "percentile"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ScaleRule:
+    """One family of scale candidates: ``t = a**p * w**-q`` for each ``p`` of a grid.
+
+    ``a`` is a statistic of |x| and ``w`` one of |W|, both per input channel. ``t`` multiplies the rows of the weight
+    and divides the producer of the activations; it is normalised by ``sqrt(max(t) * min(t))``.
+
+    Attributes:
+      name: shown in reports.
+      powers: ``(p, q)`` pairs, one candidate each.
+      statistic: of |x|: its mean (the AWQ paper), its maximum, or a percentile (the article).
+      percentile: which one, where ``statistic="percentile"``.
+      weight_statistic: "group" is the mean over outputs of |w| / group maximum (AutoAWQ's), "max" is max|w|.
+      salient_fraction: scale only this fraction of channels, the ones with the largest statistic; others get 1.
+
+    Use `rule` for the named ones.
+    """
+
+    name: str
+    powers: tuple[tuple[float, float], ...]
+    statistic: Statistic = "mean"
+    percentile: float = 99.9
+    weight_statistic: Literal["group", "max"] = "group"
+    salient_fraction: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not self.powers:
+            raise ValueError(f"ScaleRule {self.name!r} has no candidates: give at least one (p, q) pair.")
+        if not 0 < self.salient_fraction <= 1:
+            raise ValueError(f"ScaleRule.salient_fraction is {self.salient_fraction}; it must lie in (0, 1].")
+        if not 0 < self.percentile <= 100:
+            raise ValueError(f"ScaleRule.percentile is {self.percentile}; it must lie in (0, 100].")
+
+
+RULES = ("identity", "paper", "duo", "article", "article-literal")
+
+
+def rule(name: str, *, n_grid: int = 20, **options: Any) -> ScaleRule:
+    """A named scale rule.
+
+    ``identity``: t = 1, round to nearest. ``paper``: ``a**r``, r on a grid over [0, 1] (AWQ, section 3.2). ``duo``:
+    ``a**r / w**(1-r)`` (AutoAWQ). ``article``: ``max|x|**alpha / max|w|`` with alpha from 0.5 to 1, as a multiplier
+    of the weight. ``article-literal``: the same formula dividing the weight, as the article writes it; it shrinks the
+    salient weights and is here to be measured.
+
+    Args:
+      name: one of the above.
+      n_grid: candidates on the grid.
+      **options: fields of `ScaleRule` to replace, for example ``statistic="percentile"``.
+
+    Raises:
+      ValueError: unknown name, or ``n_grid < 1``.
+
+    >>> rule("paper", n_grid=3).powers
+    ((0.0, 0.0), (0.5, 0.0), (1.0, 0.0))
+    """
+    if n_grid < 1:
+        raise ValueError(f"n_grid is {n_grid}; a grid needs at least one point.")
+    unit = tuple(float(v) for v in np.linspace(0.0, 1.0, n_grid).round(6)) if n_grid > 1 else (0.5,)
+    upper = tuple(0.5 + v / 2 for v in unit)
+    made: Mapping[str, ScaleRule] = {
+        "identity": ScaleRule(name="identity", powers=((0.0, 0.0),)),
+        "paper": ScaleRule(name="paper", powers=tuple((r, 0.0) for r in unit)),
+        "duo": ScaleRule(name="duo", powers=tuple((r, 1.0 - r) for r in unit)),
+        "article": ScaleRule(
+            name="article", powers=tuple((a, 1.0) for a in upper), statistic="max", weight_statistic="max"
+        ),
+        "article-literal": ScaleRule(
+            name="article-literal", powers=tuple((-a, -1.0) for a in upper), statistic="max", weight_statistic="max"
+        ),
+    }
+    if name not in made:
+        raise ValueError(f"unknown scale rule {name!r}; the named rules are {', '.join(RULES)}.")
+    return dataclasses.replace(made[name], **options)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SearchSpec:
+    """How scales and clipping thresholds are looked for.
+
+    Attributes:
+      rules: whose candidates compete; identity is always added.
+      objective: "gram" scores the exact output error of the linears that share an input, ``tr(D' G D)``; "block"
+        scores the output of the attention or MLP they belong to.
+      clip_ratios: candidates for the threshold of each (group, output); empty means no clipping. 1 is always added.
+    """
+
+    rules: tuple[ScaleRule, ...] = dataclasses.field(default_factory=lambda: (rule("paper"), rule("duo")))
+    objective: Literal["gram", "block"] = "gram"
+    clip_ratios: tuple[float, ...] = (0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65, 0.6, 0.55, 0.5)
+
+    def __post_init__(self) -> None:
+        if self.objective not in ("gram", "block"):
+            raise ValueError(f"SearchSpec.objective is {self.objective!r}; use 'gram' or 'block'.")
+        if any(not 0 < r <= 1 for r in self.clip_ratios):
+            raise ValueError(f"SearchSpec.clip_ratios must lie in (0, 1]; got {self.clip_ratios}.")
+
+    @property
+    def candidates(self) -> tuple[tuple[ScaleRule, float, float], ...]:
+        """(rule, p, q) of every candidate, identity first."""
+        identity = rule("identity")
+        listed = [(identity, 0.0, 0.0)]
+        listed += [(r, p, q) for r in self.rules for p, q in r.powers if r.name != "identity"]
+        return tuple(listed)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """Everything that decides a quantization.
+
+    Attributes:
+      quant: the number format.
+      search: how scales and thresholds are found.
+      overrides: ``(glob, spec or None)`` pairs over weight paths such as ``layers/*/mlp/down``; the first match wins,
+        None leaves the weight in floating point. A glob that matches nothing is an error.
+    """
+
+    quant: QuantSpec = dataclasses.field(default_factory=QuantSpec)
+    search: SearchSpec = dataclasses.field(default_factory=SearchSpec)
+    overrides: tuple[tuple[str, QuantSpec | None], ...] = ()

@@ -1,0 +1,99 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The vocabulary that a family's table is written in. A family is data: to add a model is to add a table.
+
+Paths are those of `awq_jax.models.Decoder`'s parameters, with ``*`` for the layer index.
+"""
+
+import dataclasses
+from typing import Any, Literal
+
+__all__ = ["Family", "Group", "Key", "Linear", "Norm"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Norm:
+    """A normalisation whose gain absorbs ``1/t``: ``gain/t``, ``bias/t``.
+
+    Attributes:
+      path: of the module, for example ``layers/*/input_norm``.
+      offset: 1.0 for ``(1 + w)`` norms, where ``w' = (1 + w)/t - 1``.
+    """
+
+    path: str
+    offset: float = 0.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Linear:
+    """A linear whose output columns and bias absorb ``1/t``.
+
+    Attributes:
+      path: of the module, for example ``layers/*/mlp/up``.
+      tie: "gqa" where each output channel is read by several query heads, so the scale is one per kv channel.
+    """
+
+    path: str
+    tie: Literal["gqa"] | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Group:
+    """Linears that read one tensor and therefore share one scale.
+
+    Attributes:
+      producer: what absorbs the scale; None leaves the group at identity, and `reason` must say why.
+      sinks: module paths of the quantized linears.
+      float_sinks: consumers that stay in floating point (a router) and are multiplied by t too.
+      output: module path whose output the "block" objective compares; the linears' own output if None.
+      reason: why there is no producer.
+    """
+
+    producer: Norm | Linear | None
+    sinks: tuple[str, ...]
+    float_sinks: tuple[str, ...] = ()
+    output: str | None = None
+    reason: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Key:
+    """One checkpoint tensor name and where it goes.
+
+    Attributes:
+      theirs: the Hugging Face name, ``*`` for the layer index.
+      ours: the parameter path.
+      transpose: True where theirs is ``[out, in]`` and ours ``[in, out]``.
+      optional: the tensor may be absent.
+    """
+
+    theirs: str
+    ours: str
+    transpose: bool = False
+    optional: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Family:
+    """One model family.
+
+    Attributes:
+      name: shown to users.
+      architectures: the Hugging Face ``architectures`` entries it serves.
+      groups: what shares a scale and what absorbs it.
+      keys: every tensor of a checkpoint; one that matches no row is an error.
+      options: fixed `DecoderConfig` fields of this family, for example ``(("qkv_bias", True),)``.
+      config: (Hugging Face attribute, DecoderConfig field) pairs read from config.json.
+      accepts: (attribute, values) pairs: attributes that are understood with these values alone.
+      ignores: attributes without effect on the forward pass.
+      no_clip: module paths whose weights are never clipped.
+    """
+
+    name: str
+    architectures: tuple[str, ...]
+    groups: tuple[Group, ...]
+    keys: tuple[Key, ...]
+    options: tuple[tuple[str, Any], ...] = ()
+    config: tuple[tuple[str, str], ...] = ()
+    accepts: tuple[tuple[str, tuple[Any, ...]], ...] = ()
+    ignores: tuple[str, ...] = ()
+    no_clip: tuple[str, ...] = ()
