@@ -1,0 +1,117 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Rounding to a grid: from a float weight to codes, scales and zeros."""
+
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from awq_jax_kernels.nibbles import pack
+from jaxtyping import Array, Float, UInt8
+
+from awq_jax._qtensor import QTensor
+from awq_jax._spec import QuantSpec
+
+__all__ = ["Grid", "fake_quantize", "fit_grid", "quantize", "to_codes"]
+
+
+class Grid(NamedTuple):
+    """Scale and zero of every (group, output): scale in its storage dtype, zero a float32 whole number."""
+
+    scale: Float[Array, "*b groups n"]
+    zero: Float[Array, "*b groups n"]
+
+
+def _grouped(weight: Array, spec: QuantSpec) -> Array:
+    """[*b, k, n] -> [*b, groups, g, n]."""
+    *b, k, n = weight.shape
+    g = spec.rows_per_group(k)
+    return weight.reshape(*b, k // g, g, n)
+
+
+def _smallest_scale(spec: QuantSpec) -> float:
+    """The smallest scale the storage dtype holds; float16 may be subnormal, the others would be flushed to zero."""
+    return 2.0**-24 if spec.scale_dtype == "float16" else float(jnp.finfo(spec.scale_dtype).tiny)
+
+
+def fit_grid(
+    weight: Float[Array, "*b k n"], spec: QuantSpec, ratio: Float[Array, "*b groups n"] | None = None
+) -> Grid:
+    """The grid that spans each group's range, shrunk by ``ratio``.
+
+    The range always contains 0, so that zero weights stay zero and a one-sided group keeps its values. The scale is
+    cast to its storage dtype first and the zero is derived from the stored value.
+
+    Args:
+      weight: ``[*b, k, n]``.
+      spec: the number format.
+      ratio: clipping threshold as a fraction of the range, ``[*b, k/g, n]``.
+    """
+    groups = _grouped(weight.astype(jnp.float32), spec)
+    high = jnp.maximum(groups.max(-2), 0.0)
+    low = jnp.minimum(groups.min(-2), 0.0)
+    if ratio is not None:
+        high, low = high * ratio, low * ratio
+    if spec.symmetric:
+        step = jnp.maximum(high, -low) / (2 ** (spec.bits - 1) - 0.5)
+    else:
+        step = (high - low) / spec.levels
+    # An all-zero group may have any scale: 1 keeps it finite.
+    stored = jnp.where(step > 0, jnp.maximum(step, _smallest_scale(spec)), 1.0).astype(spec.scale_dtype)
+    scale = stored.astype(jnp.float32)
+    zero = jnp.full_like(scale, 8.0) if spec.symmetric else jnp.clip(-jnp.round(low / scale), 0, spec.levels)
+    return Grid(stored, zero)
+
+
+def _on_grid(weight: Array, grid: Grid, spec: QuantSpec) -> tuple[Array, Array, Array]:
+    """(codes as float32 [*b, groups, g, n], zero and scale with the group axis kept)."""
+    scale, zero = grid.scale.astype(jnp.float32)[..., None, :], grid.zero[..., None, :]
+    # A symmetric code of fewer than four bits sits around 8, so that its zero point is 8 whatever the width.
+    half = 2 ** (spec.bits - 1)
+    low, high = (8 - half, 7 + half) if spec.symmetric else (0, spec.levels)
+    codes = jnp.clip(jnp.round(_grouped(weight.astype(jnp.float32), spec) / scale) + zero, low, high)
+    return codes, zero, scale
+
+
+def to_codes(weight: Float[Array, "*b k n"], grid: Grid, spec: QuantSpec) -> UInt8[Array, "*b k n"]:
+    """Nearest codes 0..15 of a weight on a grid."""
+    return _on_grid(weight, grid, spec)[0].reshape(weight.shape).astype(jnp.uint8)
+
+
+def fake_quantize(
+    weight: Float[Array, "*b k n"], spec: QuantSpec, ratio: Float[Array, "*b groups n"] | None = None
+) -> Float[Array, "*b k n"]:
+    """``dequantize(quantize(weight))`` without the bytes: float32, what searches evaluate."""
+    codes, zero, scale = _on_grid(weight, fit_grid(weight, spec, ratio), spec)
+    return ((codes - zero) * scale).reshape(weight.shape)
+
+
+def quantize(
+    weight: Float[Array, "*b k n"],
+    spec: QuantSpec = QuantSpec(),  # noqa: B008 - frozen
+    ratio: Float[Array, "*b groups n"] | None = None,
+) -> QTensor:
+    """Round a weight to the nearest codes.
+
+    ``q = clip(round(w / s) + z)``; asymmetric: ``s = (max(w, 0) - min(w, 0)) / (2**bits - 1)``, ``z = -round(min/s)``;
+    symmetric: ``s = max|w| / (2**(bits-1) - 1/2)``, ``z`` in the middle.
+
+    Args:
+      weight: ``[*b, k, n]``, any float dtype; computed in float32.
+      spec: the number format.
+      ratio: clipping thresholds ``[*b, k/g, n]`` as fractions of each range, from `search_clip`.
+
+    Returns:
+      The packed weight. With scales in float16 a group whose range exceeds 982 560 has an infinite scale: callers on
+      the host check it with `QTensor` leaves, a jitted function can't raise.
+
+    Raises:
+      ValueError: the group size does not divide k.
+
+    >>> w = jnp.array([[0.0, 1.0], [3.0, -2.0]])
+    >>> from awq_jax import dequantize
+    >>> dequantize(quantize(w, QuantSpec(group_size=2, scale_dtype="float32"))).round(3).tolist()
+    [[0.0, 1.0], [3.0, -2.0]]
+    """
+    grid = fit_grid(weight, spec, ratio)
+    packed = pack(to_codes(weight, grid, spec))
+    zero = None if spec.symmetric else grid.zero.astype(jnp.int8)
+    return QTensor(packed=packed, scale=grid.scale, zero=zero, bits=spec.bits)

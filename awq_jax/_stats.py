@@ -1,0 +1,146 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What calibration remembers of activations: sums, so that merging is addition and all-reduce is `psum`."""
+
+from collections.abc import Callable, Hashable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+from awq_jax._pytree import pytree
+
+__all__ = ["ActStats", "all_reduce", "calibrate", "merge", "observe", "percentile"]
+
+_OCTAVES = (-24, 16)  # |x| from 2**-24 to 2**16
+_BINS_PER_OCTAVE = 8
+_BINS = (_OCTAVES[1] - _OCTAVES[0]) * _BINS_PER_OCTAVE
+
+
+@pytree
+class ActStats:
+    """Statistics of the input of a linear, over tokens.
+
+    Attributes:
+      count: tokens seen, float32 (exact below 2**24).
+      abs_sum: sum of |x|, float32 ``[k]``.
+      abs_max: maximum of |x|, float32 ``[k]``.
+      gram: ``X' X``, float32 ``[k, k]``, or None. With it ``||X D||^2 = tr(D' X'X D)`` is exact for any error D.
+      histogram: tokens per bin of log2|x|, float32 ``[bins, k]``, or None; only percentiles need it.
+    """
+
+    count: Any
+    abs_sum: Any
+    abs_max: Any
+    gram: Any = None
+    histogram: Any = None
+
+    @property
+    def abs_mean(self) -> Array:
+        """Mean of |x|, ``[k]``; 0 where no token was seen."""
+        return self.abs_sum / jnp.maximum(self.count, 1.0)
+
+
+def _bin(magnitude: Array) -> Array:
+    """Bin index of |x|; zeros fall into bin 0."""
+    octave = jnp.log2(jnp.maximum(magnitude, 2.0 ** _OCTAVES[0])) - _OCTAVES[0]
+    return jnp.clip((octave * _BINS_PER_OCTAVE).astype(jnp.int32), 0, _BINS - 1)
+
+
+def observe(
+    x: Float[Array, "*t k"],
+    mask: Bool[Array, "*t"] | None = None,
+    *,
+    gram: bool = True,
+    histogram: bool = False,
+) -> ActStats:
+    """Statistics of one batch of activations.
+
+    Args:
+      x: ``[..., k]``; sums are taken in float32.
+      mask: tokens to count, ``[...]``; padding is False.
+      gram: keep ``X' X``, ``4 k**2`` bytes.
+      histogram: keep what `percentile` needs.
+
+    >>> observe(jnp.array([[1.0, -2.0], [3.0, 0.0]])).abs_sum.tolist()
+    [4.0, 2.0]
+    """
+    x = x.astype(jnp.float32)
+    keep = jnp.ones(x.shape[:-1], bool) if mask is None else mask
+    x = jnp.where(keep[..., None], x, 0.0).reshape(-1, x.shape[-1])
+    magnitude = jnp.abs(x)
+    counted = keep.reshape(-1).astype(jnp.float32)
+    bins = None
+    if histogram:
+        channel = jnp.broadcast_to(jnp.arange(x.shape[1]), x.shape)
+        bins = jnp.zeros((_BINS, x.shape[1])).at[_bin(magnitude), channel].add(counted[:, None])
+    return ActStats(
+        count=counted.sum(),
+        abs_sum=magnitude.sum(0),
+        abs_max=magnitude.max(0),
+        gram=jnp.matmul(x.T, x, precision="highest") if gram else None,
+        histogram=bins,
+    )
+
+
+def merge(a: ActStats, b: ActStats) -> ActStats:
+    """Statistics of the union of two batches; associative and commutative up to float32 rounding."""
+    summed = jax.tree.map(jnp.add, a, b)
+    return ActStats(
+        count=summed.count,
+        abs_sum=summed.abs_sum,
+        abs_max=jnp.maximum(a.abs_max, b.abs_max),
+        gram=summed.gram,
+        histogram=summed.histogram,
+    )
+
+
+def all_reduce(stats: ActStats, axis_name: Hashable) -> ActStats:
+    """`merge` over the devices of a mapped axis, inside `jax.pmap` or `jax.shard_map`."""
+    summed = jax.lax.psum(stats, axis_name)
+    return ActStats(
+        count=summed.count,
+        abs_sum=summed.abs_sum,
+        abs_max=jax.lax.pmax(stats.abs_max, axis_name),
+        gram=summed.gram,
+        histogram=summed.histogram,
+    )
+
+
+def percentile(stats: ActStats, q: float) -> Float[Array, " k"]:
+    """The q-th percentile of |x| per channel, to the width of a bin (9 %), never above the maximum.
+
+    Raises:
+      ValueError: the statistics hold no histogram.
+    """
+    if stats.histogram is None:
+        raise ValueError("a percentile needs a histogram: observe(..., histogram=True).")
+    below = jnp.cumsum(stats.histogram, axis=0)
+    reached = below >= stats.count * (q / 100.0)
+    edge = (jnp.argmax(reached, axis=0) + 1).astype(jnp.float32)
+    return jnp.minimum(jnp.exp2(edge / _BINS_PER_OCTAVE + _OCTAVES[0]), stats.abs_max)
+
+
+def calibrate(observer: Callable[[Any, Any], Any], params: Any, batches: Any) -> Any:
+    """Merge what an observer reports over batches, in one compiled scan.
+
+    Args:
+      observer: ``(params, batch) -> tree of ActStats``; pure.
+      params: passed through.
+      batches: a tree of arrays whose leading axis counts batches.
+
+    Returns:
+      The tree of merged `ActStats`.
+
+    >>> xs = jnp.arange(12.0).reshape(3, 2, 2)
+    >>> float(calibrate(lambda _, x: observe(x), None, xs).count)
+    6.0
+    """
+    is_stats = lambda node: isinstance(node, ActStats)  # noqa: E731
+    first = jax.tree.map(lambda leaf: leaf[0], batches)
+    rest = jax.tree.map(lambda leaf: leaf[1:], batches)
+
+    def step(total: Any, batch: Any) -> tuple[Any, None]:
+        return jax.tree.map(merge, total, observer(params, batch), is_leaf=is_stats), None
+
+    return jax.lax.scan(step, observer(params, first), rest)[0]
