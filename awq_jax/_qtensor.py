@@ -5,11 +5,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from awq_jax_kernels.int4_matmul import int4_matmul
-from awq_jax_kernels.int4_matmul.reference import dequantize as _dequantize
 from jaxtyping import Array
 
 from awq_jax._pytree import pytree, static
+from awq_jax_kernels.int4_matmul import int4_matmul
+from awq_jax_kernels.int4_matmul.reference import dequantize as _dequantize
 
 __all__ = ["QTensor", "dequantize", "matmul"]
 

@@ -4,11 +4,11 @@
 from typing import NamedTuple
 
 import jax.numpy as jnp
-from awq_jax_kernels.nibbles import pack
 from jaxtyping import Array, Float, UInt8
 
 from awq_jax._qtensor import QTensor
 from awq_jax._spec import QuantSpec
+from awq_jax_kernels.nibbles import pack
 
 __all__ = ["Grid", "fake_quantize", "fit_grid", "quantize", "to_codes"]
 
@@ -32,9 +32,7 @@ def _smallest_scale(spec: QuantSpec) -> float:
     return 2.0**-24 if spec.scale_dtype == "float16" else float(jnp.finfo(spec.scale_dtype).tiny)
 
 
-def fit_grid(
-    weight: Float[Array, "*b k n"], spec: QuantSpec, ratio: Float[Array, "*b groups n"] | None = None
-) -> Grid:
+def fit_grid(weight: Float[Array, "*b k n"], spec: QuantSpec, ratio: Float[Array, "*b groups n"] | None = None) -> Grid:
     """The grid that spans each group's range, shrunk by ``ratio``.
 
     The range always contains 0, so that zero weights stay zero and a one-sided group keeps its values. The scale is

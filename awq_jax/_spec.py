@@ -18,7 +18,7 @@ class QuantSpec:
       bits: 2, 3 or 4; codes lie in nibbles whatever the width.
       group_size: rows (along the contraction axis) that share one scale and zero; -1 is the whole column.
       symmetric: zero point fixed at the middle of the range, or one zero code per group.
-      scale_dtype: name of the dtype that scales are stored in. Codes are rounded against the *stored* scale.
+      scale_dtype: "float16", "bfloat16" or "float32", what scales are stored in. Codes are rounded against the *stored* scale.
 
     Raises:
       ValueError: a field is outside its range.
@@ -30,7 +30,7 @@ class QuantSpec:
     bits: int = 4
     group_size: int = 128
     symmetric: bool = False
-    scale_dtype: Literal["float16", "bfloat16", "float32"] = "float16"
+    scale_dtype: str = "float16"
 
     def __post_init__(self) -> None:
         if self.bits not in (2, 3, 4):
@@ -136,7 +136,10 @@ def rule(name: str, *, n_grid: int = 20, **options: Any) -> ScaleRule:
             name="article", powers=tuple((a, 1.0) for a in upper), statistic="max", weight_statistic="max"
         ),
         "article-literal": ScaleRule(
-            name="article-literal", powers=tuple((-a, -1.0) for a in upper), statistic="max", weight_statistic="max"
+            name="article-literal",
+            powers=tuple((-a, -1.0) for a in upper),
+            statistic="max",
+            weight_statistic="max",
         ),
     }
     if name not in made:
@@ -156,7 +159,7 @@ class SearchSpec:
     """
 
     rules: tuple[ScaleRule, ...] = dataclasses.field(default_factory=lambda: (rule("paper"), rule("duo")))
-    objective: Literal["gram", "block"] = "gram"
+    objective: str = "gram"
     clip_ratios: tuple[float, ...] = (0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65, 0.6, 0.55, 0.5)
 
     def __post_init__(self) -> None:

@@ -77,7 +77,7 @@ def observe(
     return ActStats(
         count=counted.sum(),
         abs_sum=magnitude.sum(0),
-        abs_max=magnitude.max(0),
+        abs_max=magnitude.max(0, initial=0.0),
         gram=jnp.matmul(x.T, x, precision="highest") if gram else None,
         histogram=bins,
     )
@@ -121,26 +121,29 @@ def percentile(stats: ActStats, q: float) -> Float[Array, " k"]:
     return jnp.minimum(jnp.exp2(edge / _BINS_PER_OCTAVE + _OCTAVES[0]), stats.abs_max)
 
 
-def calibrate(observer: Callable[[Any, Any], Any], params: Any, batches: Any) -> Any:
+def calibrate(observer: Callable[[Any, Any], Any], params: Any, batches: Any, *, has_aux: bool = False) -> Any:
     """Merge what an observer reports over batches, in one compiled scan.
 
     Args:
-      observer: ``(params, batch) -> tree of ActStats``; pure.
+      observer: ``(params, batch) -> tree of ActStats``, or ``(tree, aux)`` with ``has_aux``; pure.
       params: passed through.
       batches: a tree of arrays whose leading axis counts batches.
+      has_aux: also collect a second result of the observer, stacked over batches.
 
     Returns:
-      The tree of merged `ActStats`.
+      The tree of merged `ActStats`; with ``has_aux`` the pair (tree, stacked aux).
 
     >>> xs = jnp.arange(12.0).reshape(3, 2, 2)
     >>> float(calibrate(lambda _, x: observe(x), None, xs).count)
     6.0
     """
-    is_stats = lambda node: isinstance(node, ActStats)  # noqa: E731
-    first = jax.tree.map(lambda leaf: leaf[0], batches)
-    rest = jax.tree.map(lambda leaf: leaf[1:], batches)
+    with_aux = observer if has_aux else lambda p, batch: (observer(p, batch), None)
 
-    def step(total: Any, batch: Any) -> tuple[Any, None]:
-        return jax.tree.map(merge, total, observer(params, batch), is_leaf=is_stats), None
+    def step(total: Any, batch: Any) -> tuple[Any, Any]:
+        stats, aux = with_aux(params, batch)
+        return jax.tree.map(merge, total, stats, is_leaf=lambda node: isinstance(node, ActStats)), aux
 
-    return jax.lax.scan(step, observer(params, first), rest)[0]
+    # Zeros are the neutral element of `merge`, the maximum of magnitudes included.
+    shapes, _ = jax.eval_shape(with_aux, params, jax.tree.map(lambda leaf: leaf[0], batches))
+    stats, aux = jax.lax.scan(step, jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes), batches)
+    return (stats, aux) if has_aux else stats

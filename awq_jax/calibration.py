@@ -1,0 +1,151 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Calibration samples: token windows of one static shape, with a mask for what is padding."""
+
+import dataclasses
+import hashlib
+import json
+import pathlib
+from collections.abc import Callable, Iterable, Sequence
+
+import numpy as np
+
+__all__ = ["Samples", "check_vocabulary", "from_documents", "from_stream", "read_calibration"]
+
+Encode = Callable[[str], list[int]]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Samples:
+    """Tokens to calibrate on.
+
+    Attributes:
+      tokens: int32 ``[samples, seq_len]``, padded on the right with 0.
+      mask: bool ``[samples, seq_len]``, False on padding.
+      source: shown in reports.
+      notes: what was shortened or missing, in words.
+    """
+
+    tokens: np.ndarray
+    mask: np.ndarray
+    source: str
+    notes: tuple[str, ...] = ()
+
+    @property
+    def count(self) -> int:
+        """Tokens that are not padding."""
+        return int(self.mask.sum())
+
+    @property
+    def digest(self) -> str:
+        """sha256 of tokens and mask."""
+        return hashlib.sha256(self.tokens.tobytes() + self.mask.tobytes()).hexdigest()
+
+
+def from_stream(ids: Sequence[int], *, samples: int, seq_len: int, source: str) -> Samples:
+    """Cut one token stream into windows of ``seq_len``; the remainder of the stream is dropped.
+
+    Raises:
+      ValueError: the stream is shorter than one window.
+    """
+    available = len(ids) // seq_len
+    if not available:
+        raise ValueError(
+            f"calibration text {source} has {len(ids)} tokens, fewer than one sample of seq_len={seq_len}. "
+            f"Give more text, or set the sample length to at most {max(len(ids), 1)} (--seq-len)."
+        )
+    used = min(samples, available)
+    tokens = np.asarray(ids[: used * seq_len], np.int32).reshape(used, seq_len)
+    notes = () if used == samples else (f"{source} holds {used} samples of {seq_len} tokens, not {samples}",)
+    return Samples(tokens=tokens, mask=np.ones(tokens.shape, bool), source=source, notes=notes)
+
+
+def from_documents(documents: Iterable[Sequence[int]], *, samples: int, seq_len: int, source: str) -> Samples:
+    """One sample per document: cut at ``seq_len``, shorter ones are padded and masked.
+
+    Raises:
+      ValueError: no document holds a token.
+    """
+    kept = [list(ids) for ids in documents if len(ids)]
+    if not kept:
+        raise ValueError(f"calibration file {source} holds no tokens.")
+    cut = sum(len(ids) > seq_len for ids in kept[:samples])
+    kept = [ids[:seq_len] for ids in kept[:samples]]
+    width = max(map(len, kept))
+    tokens = np.zeros((len(kept), width), np.int32)
+    mask = np.zeros((len(kept), width), bool)
+    for row, ids in enumerate(kept):
+        tokens[row, : len(ids)], mask[row, : len(ids)] = ids, True
+    notes = [f"{cut} of {len(kept)} documents were cut at {seq_len} tokens"] if cut else []
+    notes += [f"{source} holds {len(kept)} documents, not {samples}"] if len(kept) < samples else []
+    return Samples(tokens=tokens, mask=mask, source=source, notes=tuple(notes))
+
+
+def _jsonl_documents(path: pathlib.Path, encode: Encode | None) -> Iterable[list[int]]:
+    with path.open(encoding="utf-8") as lines:
+        for number, line in enumerate(lines, 1):
+            if not line.strip():
+                continue
+            where = f"{path}, line {number}"
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise ValueError(f"{where}: not JSON ({error.msg}).") from None
+            if not isinstance(row, dict) or not ({"text", "input_ids"} & row.keys()):
+                raise ValueError(f'{where}: expected an object with "text" or "input_ids".')
+            if "input_ids" in row:
+                ids = row["input_ids"]
+                if not isinstance(ids, list) or any(type(i) is not int for i in ids):
+                    raise ValueError(f'{where}: "input_ids" must be a list of integers.')
+                yield ids
+            elif not isinstance(row["text"], str):
+                raise ValueError(f'{where}: "text" must be a string.')
+            else:
+                yield _encode(row["text"], encode, where)
+
+
+def _encode(text: str, encode: Encode | None, where: str) -> list[int]:
+    if encode is None:
+        raise ValueError(
+            f'{where}: the checkpoint has no tokenizer.json, so text cannot be encoded. Give lines of {{"input_ids": [...]}}.'
+        )
+    return encode(text)
+
+
+def read_calibration(path: pathlib.Path, encode: Encode | None, *, samples: int, seq_len: int) -> Samples:
+    """Read a UTF-8 text file as one stream, or a ``.jsonl`` file as documents.
+
+    Args:
+      path: text, or JSON lines with ``{"text": ...}`` or pre-tokenized ``{"input_ids": [...]}``.
+      encode: text to token ids; None if there is no tokenizer.
+      samples: how many samples at most.
+      seq_len: tokens of a sample at most.
+
+    Raises:
+      ValueError: not UTF-8, empty, too short, or a malformed line, named by its number.
+      FileNotFoundError: no such file.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"no calibration file {path}.")
+    try:
+        if path.suffix == ".jsonl":
+            return from_documents(_jsonl_documents(path, encode), samples=samples, seq_len=seq_len, source=path.name)
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"calibration file {path} is not UTF-8 (byte {error.start}).") from None
+    if not text.strip():
+        raise ValueError(f"calibration file {path} is empty.")
+    return from_stream(_encode(text, encode, str(path)), samples=samples, seq_len=seq_len, source=path.name)
+
+
+def check_vocabulary(samples: Samples, vocab_size: int) -> None:
+    """Refuse ids that the embedding does not have; a device gather would clamp them silently.
+
+    Raises:
+      ValueError: naming the first offending id.
+    """
+    bad = samples.tokens[samples.mask & ((samples.tokens < 0) | (samples.tokens >= vocab_size))]
+    if bad.size:
+        raise ValueError(
+            f"calibration {samples.source} has token id {int(bad[0])}, but the embedding has {vocab_size} rows. "
+            "The tokenizer does not belong to this checkpoint."
+        )

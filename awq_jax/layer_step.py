@@ -1,0 +1,144 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One layer's work as one compiled function: observe, search, fold, round, and measure the result again.
+
+Layers of equal shape and equal plan share the compilation, so a model compiles once whatever its depth.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from awq_jax._plan import GroupPlan, LayerPlan
+from awq_jax._pytree import pytree
+from awq_jax._qtensor import QTensor, dequantize
+from awq_jax._quantize import QuantizedLayer, quantize_layer, round_layer
+from awq_jax._stats import ActStats, calibrate, observe
+from awq_jax._tree import put
+from awq_jax.models.config import DecoderConfig
+from awq_jax.models.functional import block, part
+
+__all__ = ["LayerOutcome", "quantize_and_measure"]
+
+Params = Any
+
+
+@pytree
+class LayerOutcome:
+    """What `quantize_and_measure` returns.
+
+    Attributes:
+      layer: the quantized parameters and search results; the parameters are round-to-nearest where that was better.
+      hidden: the float layer's output on the calibration set, input of the next layer.
+      error: squared output error of the search's result, relative to the output's square.
+      rtn_error: the same for round to nearest.
+      finite: whether every statistic of every tap was finite, by tap.
+      tokens: counted by the taps.
+    """
+
+    layer: Any
+    hidden: Any
+    error: Any
+    rtn_error: Any
+    finite: Any
+    tokens: Any
+
+
+def _observer(config: DecoderConfig, plan: LayerPlan) -> Callable[[Params, Any], Any]:
+    """(params, (hidden, mask)) -> (statistics by tap, layer output)."""
+    histogram = any(rule.statistic == "percentile" for rule in plan.search.rules)
+
+    def run(params: Params, batch: tuple[Array, Array]) -> tuple[dict[str, ActStats], Array]:
+        hidden, mask = batch
+        seen: dict[str, ActStats] = {}
+
+        def tap(name: str, x: Array) -> None:
+            if name in plan.taps:
+                seen[name] = observe(x, mask, histogram=histogram)
+
+        return seen, block(config, params, hidden, tap=tap)
+
+    return run
+
+
+def _block_loss(
+    config: DecoderConfig, params: Params, hidden: Array, mask: Array, plan: LayerPlan
+) -> Callable[[GroupPlan], Callable[[list[Array]], Array] | None]:
+    """The "block" objective: output error of the attention or MLP that a group's linears belong to."""
+    inputs: dict[str, Array] = {}
+    block(config, params, hidden, tap=lambda name, x: inputs.update({name: x}) if name in plan.taps else None)
+
+    def of_group(group: GroupPlan) -> Callable[[list[Array]], Array] | None:
+        name, x = group.group.output, inputs[group.group.sinks[0]]
+        if name is None or group.tie is not None:
+            return None  # its own output is the block's, and the Gram matrix has that exactly
+        target = part(config, name, params[name], x)
+
+        def loss(weights: list[Array]) -> Array:
+            changed = params
+            for (path, _, _), weight in zip(group.quantized, weights, strict=True):
+                changed = put(changed, f"{path}/kernel", weight)
+            error = part(config, name, changed[name], x) - target
+            return jnp.sum(jnp.where(mask[..., None], error, 0.0) ** 2) / jnp.maximum(mask.sum(), 1)
+
+        return loss
+
+    return of_group
+
+
+def _dense(params: Params) -> Params:
+    """Every QTensor replaced by the weight it stands for."""
+    is_weight = lambda leaf: isinstance(leaf, QTensor)  # noqa: E731
+    return jax.tree.map(lambda leaf: dequantize(leaf) if is_weight(leaf) else leaf, params, is_leaf=is_weight)
+
+
+def _relative_errors(
+    config: DecoderConfig, versions: list[Params], hidden: Array, target: Array, mask: Array
+) -> list[Array]:
+    """Squared output error of each version of a layer over the square of the float output's change to the stream."""
+    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *map(_dense, versions))
+    keep = mask[..., None]
+    power = jnp.sum(jnp.where(keep, target - hidden, 0.0) ** 2)
+
+    def error(params: Params) -> Array:
+        difference = block(config, params, hidden) - target
+        return jnp.sum(jnp.where(keep, difference, 0.0) ** 2) / jnp.maximum(power, 1e-30)
+
+    return list(jax.lax.map(error, stacked))
+
+
+@partial(jax.jit, static_argnames=("config", "plan", "measured"), donate_argnames=("hidden",))
+def quantize_and_measure(
+    params: Params, hidden: Array, mask: Array, *, config: DecoderConfig, plan: LayerPlan, measured: int = 1
+) -> LayerOutcome:
+    """Quantize one layer on its calibration inputs and choose between the search's result and round to nearest.
+
+    Args:
+      params: nested dict of one layer, dense, float32.
+      hidden: the layer's inputs, ``[chunks, b, t, d]``; one chunk's activations are alive at a time.
+      mask: ``[chunks, b, t]``, False on padding.
+      config: of the model.
+      plan: of this layer.
+      measured: chunks that the output error is measured on, and the block objective evaluated on.
+    """
+    stats, outputs = calibrate(_observer(config, plan), params, (hidden, mask), has_aux=True)
+    sample = jax.tree.map(lambda a: a[:measured].reshape(-1, *a.shape[2:]), (hidden, outputs, mask))
+    inputs, target, keep = sample
+    loss = _block_loss(config, params, inputs, keep, plan) if plan.search.objective == "block" else lambda group: None
+    searched = quantize_layer(params, stats, plan, loss)
+    rounded = round_layer(params, plan)
+    error, rtn_error = _relative_errors(config, [searched.params, rounded], inputs, target, keep)
+    helped = error <= rtn_error  # False where the error is NaN
+    chosen = jax.tree.map(lambda a, b: jnp.where(helped, a, b), searched.params, rounded)
+    finite = {tap: jnp.isfinite(s.abs_sum).all() & jnp.isfinite(s.gram).all() for tap, s in stats.items()}
+    return LayerOutcome(
+        layer=QuantizedLayer(params=chosen, results=searched.results),
+        hidden=outputs,
+        error=error,
+        rtn_error=rtn_error,
+        finite=finite,
+        tokens={tap: s.count for tap, s in stats.items()},
+    )

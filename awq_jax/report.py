@@ -1,0 +1,111 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a quantization did, weight by weight: nothing is left out and nothing falls back without being named."""
+
+import dataclasses
+import json
+from collections import Counter
+from typing import Any, Literal
+
+__all__ = ["GroupReport", "LayerReport", "LinearReport", "Report"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LinearReport:
+    """One weight.
+
+    Attributes:
+      path: for example ``layers/0/attn/q``.
+      method: "awq" (a searched scale), "rtn" (round to nearest) or "float" (not quantized).
+      reason: why it is not "awq"; empty if it is.
+      bits: width of the codes, 16 or 32 for float.
+      group_size: rows per scale, 0 for float.
+    """
+
+    path: str
+    method: Literal["awq", "rtn", "float"]
+    reason: str = ""
+    bits: int = 4
+    group_size: int = 128
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class GroupReport:
+    """One group of linears that share a scale.
+
+    Attributes:
+      sinks: paths of the linears.
+      producer: path of what absorbed the scale, or None.
+      rule: name of the winning rule.
+      power: its exponent on the activation statistic.
+      loss: objective of the winner.
+      rtn_loss: objective of identity.
+      losses: objective of every candidate, in the order of ``SearchSpec.candidates``; null where not finite.
+    """
+
+    sinks: tuple[str, ...]
+    producer: str | None
+    rule: str
+    power: float
+    loss: float
+    rtn_loss: float
+    losses: tuple[float | None, ...]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LayerReport:
+    """One layer.
+
+    Attributes:
+      index: of the layer.
+      error: squared error of the layer's output, relative to the output's own square, as written.
+      rtn_error: the same for round to nearest.
+      fell_back: the search did not help this layer's output and round to nearest was written.
+    """
+
+    index: int
+    error: float
+    rtn_error: float
+    fell_back: bool
+    groups: tuple[GroupReport, ...]
+    linears: tuple[LinearReport, ...]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Report:
+    """A whole quantization.
+
+    Attributes:
+      layers: one entry per layer.
+      outside: weights outside the layers, and why they stay as they are.
+      recipe: the recipe as plain data.
+      calibration: where the text came from and how much of it was used.
+      seconds: wall time by phase.
+      peak_memory_bytes: of the process, as the operating system counts it.
+      bytes_before: of the source's tensors.
+      bytes_after: of the written tensors.
+      warnings: what the user should know.
+    """
+
+    layers: tuple[LayerReport, ...]
+    outside: tuple[LinearReport, ...]
+    recipe: dict[str, Any]
+    calibration: dict[str, Any]
+    seconds: dict[str, float]
+    peak_memory_bytes: int
+    bytes_before: int
+    bytes_after: int
+    warnings: tuple[str, ...] = ()
+
+    @property
+    def coverage(self) -> Counter[str]:
+        """How many weights got "awq", "rtn" and "float"."""
+        listed = [linear for layer in self.layers for linear in layer.linears] + list(self.outside)
+        return Counter(linear.method for linear in listed)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, ready for JSON."""
+        return {**dataclasses.asdict(self), "coverage": dict(self.coverage)}
+
+    def to_json(self) -> str:
+        """The report as JSON text; never contains NaN or Infinity."""
+        return json.dumps(self.to_dict(), indent=1, allow_nan=False)

@@ -1,0 +1,73 @@
+# SPDX-License-Identifier: Apache-2.0
+from functools import partial, reduce
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from awq_jax import ActStats, all_reduce, calibrate, merge, observe
+from awq_jax._stats import percentile
+from jax.sharding import PartitionSpec as P
+
+
+def close(a: ActStats, b: ActStats) -> None:
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=2e-5, atol=1e-5), a, b)
+
+
+def test_against_float64(rng):
+    x = rng.standard_normal((4, 7, 16)).astype(np.float32)
+    s = observe(jnp.asarray(x), histogram=True)
+    flat = x.reshape(-1, 16).astype(np.float64)
+    assert s.count == 28
+    np.testing.assert_allclose(s.abs_mean, np.abs(flat).mean(0), rtol=1e-6)
+    np.testing.assert_array_equal(s.abs_max, np.abs(flat).max(0).astype(np.float32))
+    np.testing.assert_allclose(s.gram, flat.T @ flat, rtol=1e-5, atol=1e-5)
+    np.testing.assert_array_equal(s.histogram.sum(0), np.full(16, 28.0))
+
+
+def test_masked_tokens_leave_no_trace(rng):
+    x = rng.standard_normal((3, 5, 8)).astype(np.float32)
+    mask = rng.random((3, 5)) < 0.6
+    poisoned = np.where(mask[..., None], x, np.nan)
+    masked = observe(jnp.asarray(poisoned), jnp.asarray(mask), histogram=True)
+    close(masked, observe(jnp.asarray(x[mask]), histogram=True))
+
+
+@pytest.mark.parametrize("cuts", [(3,), (1, 2, 9), (5, 5), (12,)])
+def test_any_split_of_the_tokens_gives_the_same_statistics(rng, cuts):
+    x = jnp.asarray(rng.standard_normal((12, 8)), jnp.float32)
+    parts = [observe(p, histogram=True) for p in jnp.split(x, cuts)]
+    close(reduce(merge, parts), observe(x, histogram=True))
+    close(reduce(merge, reversed(parts)), observe(x, histogram=True))
+
+
+def test_calibrate_is_a_fold_of_merge(rng):
+    batches = jnp.asarray(rng.standard_normal((4, 6, 8)), jnp.float32)
+    taps, aux = calibrate(lambda p, x: ({"in": observe(x * p)}, x.sum()), jnp.float32(2), batches, has_aux=True)
+    close(taps["in"], observe(2 * batches))
+    assert aux.shape == (4,)
+
+
+@pytest.mark.parametrize("how", ["pmap", "shard_map"])
+def test_eight_devices_see_what_one_sees(rng, how):
+    x = jnp.asarray(rng.standard_normal((8, 5, 16)), jnp.float32)
+    seen = lambda part: all_reduce(observe(part, histogram=True), "data")  # noqa: E731
+    if how == "pmap":
+        total = jax.tree.map(lambda leaf: leaf[3], jax.pmap(seen, axis_name="data")(x))
+    else:
+        mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+        total = jax.jit(jax.shard_map(seen, mesh=mesh, in_specs=P("data"), out_specs=P()))(x)
+    close(total, observe(x, histogram=True))
+
+
+@pytest.mark.parametrize("q", [50.0, 99.0, 100.0])
+def test_percentile_to_the_width_of_a_bin(rng, q):
+    x = np.abs(rng.standard_t(3, (4096, 4))).astype(np.float32)
+    got = np.asarray(percentile(observe(jnp.asarray(x), gram=False, histogram=True), q))
+    exact = np.percentile(x, q, axis=0, method="inverted_cdf")
+    assert np.all((got >= exact * (1 - 1e-6)) & (got <= exact * 2 ** (1 / 8) * (1 + 1e-6)))
+
+
+def test_percentile_needs_a_histogram():
+    with pytest.raises(ValueError, match="histogram=True"):
+        percentile(observe(jnp.ones((2, 4))), 99.0)
