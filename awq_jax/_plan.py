@@ -50,7 +50,7 @@ class LayerPlan:
 
 def _relative(group: Group) -> Group:
     """A table row with ``layers/*/`` removed."""
-    strip = lambda path: path.removeprefix("layers/*/")  # noqa: E731
+    strip = lambda path: path.removeprefix("layers/*/")
     producer = group.producer
     if producer is not None:
         producer = dataclasses.replace(producer, path=strip(producer.path))

@@ -91,7 +91,7 @@ def _block_loss(
 
 def _dense(params: Params) -> Params:
     """Every QTensor replaced by the weight it stands for."""
-    is_weight = lambda leaf: isinstance(leaf, QTensor)  # noqa: E731
+    is_weight = lambda leaf: isinstance(leaf, QTensor)
     return jax.tree.map(lambda leaf: dequantize(leaf) if is_weight(leaf) else leaf, params, is_leaf=is_weight)
 
 

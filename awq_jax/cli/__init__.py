@@ -1,0 +1,62 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command line, `awq-jax`: thin, and on top of everything. Each command imports what it needs when it runs."""
+
+import argparse
+import importlib
+import sys
+from collections.abc import Sequence
+
+from awq_jax._version import __version__
+
+__all__ = ["main"]
+
+COMMANDS = ("quantize", "eval", "generate", "inspect", "demo")
+
+DESCRIPTION = """\
+Quantize language models to INT4 in JAX, and run them.
+
+  awq-jax demo                                      see it work on the shipped model, two minutes
+  awq-jax quantize SRC OUT --calib text.txt         a Hugging Face directory in, an INT4 one out
+  awq-jax eval OUT --text held_out.txt --base SRC   perplexity, and KL divergence from the original
+  awq-jax generate OUT --prompt "Once upon a time"
+  awq-jax inspect OUT                               what is in a checkpoint, layer by layer
+"""
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="awq-jax", description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--version", action="version", version=f"awq-jax {__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    for name in COMMANDS:
+        module = importlib.import_module(f"awq_jax.cli.{name}_command")
+        summary = (module.__doc__ or "").splitlines()[0]
+        sub = commands.add_parser(
+            name, help=summary, description=module.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        )
+        module.add_arguments(sub)
+        sub.set_defaults(run=module.run)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; 0 success, 1 it failed while working, 2 the arguments or the input are wrong, 130 interrupted."""
+    args = _parser().parse_args(argv)
+    try:
+        return args.run(args) or 0
+    except (ValueError, KeyError, FileNotFoundError, FileExistsError, NotADirectoryError) as error:
+        # KeyError's str() is the repr of its message.
+        message = error.args[0] if isinstance(error, KeyError) and error.args else error
+        print(f"awq-jax {args.command}: {message}", file=sys.stderr)
+        return 2
+    except (OSError, MemoryError) as error:
+        print(f"awq-jax {args.command}: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print(f"awq-jax {args.command}: interrupted; nothing was left behind.", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,152 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Quantize a Hugging Face checkpoint to INT4.
+
+Reads SRC layer by layer, measures its activations on the calibration text, searches the scales that protect the
+weights that matter, folds them into the model and writes OUT, which vLLM, transformers and awq-jax load. OUT appears
+only when it is complete; SRC is never changed.
+
+  awq-jax quantize Llama-3.2-1B Llama-3.2-1B-int4 --calib my_text.txt
+  awq-jax quantize SRC OUT --bits 3 --format native --override 'layers/0/*=float'
+"""
+
+import argparse
+import json
+import pathlib
+import sys
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from awq_jax._spec import QuantSpec, Recipe
+    from awq_jax.report import LayerReport, Report
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options."""
+    add = parser.add_argument
+    add("src", type=pathlib.Path, metavar="SRC", help="Hugging Face directory: config.json, safetensors, tokenizer.json")
+    add("out", type=pathlib.Path, metavar="OUT", help="directory to write; must not exist")
+    add("--calib", type=pathlib.Path, metavar="FILE", help='text, or .jsonl with "text" or "input_ids" (default: Python\'s documentation, with a warning)')
+    add("--samples", type=int, default=128, metavar="N", help="calibration samples (%(default)s)")
+    add("--seq-len", type=int, default=512, metavar="T", help="tokens of a sample (%(default)s)")
+    add("--batch", type=int, default=8, metavar="B", help="samples that go through a layer together (%(default)s)")
+    add("--bits", type=int, default=4, choices=(2, 3, 4), help="width of a code (%(default)s)")
+    add("--group-size", type=int, default=128, metavar="G", help="rows that share a scale; -1 whole columns (%(default)s)")
+    add("--symmetric", action="store_true", help="no zero points")
+    add("--scale-dtype", choices=("float16", "bfloat16", "float32"), default="float16", help="(%(default)s; autoawq is float16)")
+    add("--rules", default="paper,duo", metavar="R,…", help="scale rules that compete with identity: paper, duo, article, article-literal, identity alone for round to nearest (%(default)s)")
+    add("--grid", type=int, default=20, metavar="N", help="candidates of each rule (%(default)s)")
+    add("--objective", choices=("gram", "block"), default="gram", help="gram: exact output error of the linears; block: of the attention or MLP (%(default)s)")
+    add("--no-clip", action="store_true", help="do not search clipping thresholds")
+    add("--override", action="append", default=[], metavar="GLOB=WHAT", help="'layers/0/*=float' leaves weights alone, '*/mlp/down=bits:3' or '=group:64' changes them; first match wins")
+    add("--format", choices=("auto", "autoawq", "native"), default="auto", help="auto: autoawq for 4 bits, else native")
+    add("--overwrite", action="store_true", help="replace OUT if it exists")
+    add("--json", action="store_true", help="print the report as JSON on stdout")
+    add("--quiet", action="store_true", help="no progress and no summary")
+
+
+def _override(text: str, base: "QuantSpec") -> "tuple[str, QuantSpec | None]":
+    """Parse one --override."""
+    import dataclasses
+
+    glob, _, what = text.partition("=")
+    if what == "float":
+        return glob, None
+    fields = {"bits": "bits", "group": "group_size"}
+    changes: dict[str, Any] = {}
+    for item in what.split(","):
+        key, _, value = item.partition(":")
+        if key not in fields or not value.lstrip("-").isdigit():
+            raise ValueError(f"--override {text!r}: expected GLOB=float, GLOB=bits:N, GLOB=group:N or both with a comma.")
+        changes[fields[key]] = int(value)
+    return glob, dataclasses.replace(base, **changes)
+
+
+def _recipe(args: argparse.Namespace) -> "Recipe":
+    from awq_jax._spec import QuantSpec, Recipe, SearchSpec, rule
+
+    quant = QuantSpec(
+        bits=args.bits, group_size=args.group_size, symmetric=args.symmetric, scale_dtype=args.scale_dtype
+    )
+    rules = tuple(rule(name.strip(), n_grid=args.grid) for name in args.rules.split(","))
+    clip = () if args.no_clip else SearchSpec().clip_ratios
+    return Recipe(
+        quant=quant,
+        search=SearchSpec(rules=rules, objective=args.objective, clip_ratios=clip),
+        overrides=tuple(_override(text, quant) for text in args.override),
+    )
+
+
+def _describe(layer: "LayerReport") -> str:
+    gain = layer.error / layer.rtn_error if layer.rtn_error else 1.0
+    return f"layer {layer.index}: output error {layer.error:.2e}, {gain:.2f}x round to nearest" + (
+        " (fell back)" if layer.fell_back else ""
+    )
+
+
+def _summary(report: "Report", out: pathlib.Path) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(stderr=True)
+    table = Table(title=f"{out}", title_justify="left")
+    for column in ("layer", "group", "rule", "loss / round-to-nearest"):
+        table.add_column(column)
+    for layer in report.layers:
+        for group in layer.groups:
+            names = ", ".join(path.split("/", 2)[2] for path in group.sinks)
+            chosen = f"{group.rule} {group.power:.2f}" if group.rule != "identity" else "identity"
+            table.add_row(str(layer.index), names, chosen, f"{group.loss / group.rtn_loss:.3f}" if group.rtn_loss else "-")
+    console.print(table)
+    for layer in report.layers:
+        if layer.fell_back:
+            console.print(f"layer {layer.index} was written as round to nearest: the search did not lower its output error")
+    seen = {reason: path for path, reason in ((w.path, w.reason) for la in report.layers for w in la.linears) if reason}
+    for reason, path in seen.items():
+        console.print(f"{path} and like it: {reason}")
+    for weight in report.outside:
+        console.print(f"{weight.path}: {weight.reason}")
+    for warning in report.warnings:
+        console.print(f"[bold yellow]warning[/]: {warning}")
+    size = f"{report.bytes_before / 1e6:.1f} MB -> {report.bytes_after / 1e6:.1f} MB"
+    took = ", ".join(f"{name} {value:.1f} s" for name, value in report.seconds.items())
+    console.print(f"{size}; {took}; peak memory {report.peak_memory_bytes / 1e9:.2f} GB")
+    console.print(f"weights: {dict(report.coverage)}")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Quantize."""
+    recipe = _recipe(args)
+    fmt = args.format if args.format != "auto" else ("autoawq" if args.bits == 4 else "native")
+
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+    from awq_jax.pipeline import quantize_checkpoint
+
+    console = Console(stderr=True, quiet=args.quiet)
+    columns = (TextColumn("{task.completed}/{task.total}"), BarColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
+    with Progress(*columns, console=console, disable=args.quiet or not sys.stderr.isatty()) as bar:
+        task = bar.add_task("reading and compiling", total=None)
+
+        def advance(layer: "LayerReport", layers: int) -> None:
+            bar.update(task, total=layers, completed=layer.index + 1, description=_describe(layer))
+            if not sys.stderr.isatty():
+                console.print(f"{layer.index + 1}/{layers} {_describe(layer)}")
+
+        report = quantize_checkpoint(
+            args.src,
+            args.out,
+            recipe=recipe,
+            calib=args.calib,
+            samples=args.samples,
+            seq_len=args.seq_len,
+            batch=args.batch,
+            format=fmt,
+            overwrite=args.overwrite,
+            progress=advance,
+        )
+    if not args.quiet:
+        _summary(report, args.out)
+    if args.json:
+        print(json.dumps(report.to_dict(), allow_nan=False))
+    return 0

@@ -1,0 +1,78 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From a layer's outcome to its report: what each weight got and, if it is not a searched scale, why."""
+
+from collections.abc import Iterator
+
+import numpy as np
+
+from awq_jax._plan import GroupPlan, LayerPlan
+from awq_jax._search import ScaleResult
+from awq_jax.layer_step import LayerOutcome
+from awq_jax.report import GroupReport, LayerReport, LinearReport
+
+__all__ = ["layer_report"]
+
+
+def _why_not_awq(plan: GroupPlan, tap: str, *, finite: bool, fell_back: bool, winner: str) -> str:
+    """The reason a quantized group has no searched scale; empty if it has one."""
+    if not finite:
+        return f"activations at {tap} are not finite"
+    if fell_back:
+        return "the search did not lower this layer's output error"
+    if plan.group.producer is None:
+        return plan.group.reason or "nothing in front of it can absorb a scale"
+    return "no candidate was better than round to nearest" if winner == "identity" else ""
+
+
+def _linears(index: int, plan: GroupPlan, reason: str) -> Iterator[LinearReport]:
+    for path, spec in zip(plan.group.sinks, plan.specs, strict=True):
+        name = f"layers/{index}/{path}"
+        if spec is None:
+            why = "left in floating point by an override"
+            yield LinearReport(path=name, method="float", reason=why, bits=32, group_size=0)
+        else:
+            method = "rtn" if reason else "awq"
+            yield LinearReport(path=name, method=method, reason=reason, bits=spec.bits, group_size=spec.group_size)
+
+
+def _group(index: int, plan: GroupPlan, result: ScaleResult, rule: str, power: float) -> GroupReport:
+    producer = plan.group.producer
+    return GroupReport(
+        sinks=tuple(f"layers/{index}/{path}" for path in plan.group.sinks),
+        producer=f"layers/{index}/{producer.path}" if producer else None,
+        rule=rule,
+        power=power,
+        loss=float(result.loss),
+        rtn_loss=float(result.rtn_loss),
+        losses=tuple(float(v) if np.isfinite(v) else None for v in np.asarray(result.losses)),
+    )
+
+
+def layer_report(index: int, plan: LayerPlan, outcome: LayerOutcome) -> LayerReport:
+    """Describe one layer.
+
+    Args:
+      index: of the layer.
+      plan: what was to be done.
+      outcome: what `quantize_and_measure` returned, on the host.
+    """
+    fell_back = not bool(outcome.error <= outcome.rtn_error)
+    groups: list[GroupReport] = []
+    linears: list[LinearReport] = []
+    for group, result in zip(plan.groups, outcome.layer.results, strict=True):
+        winner, power, finite, tap = "identity", 0.0, True, group.group.sinks[0]
+        if result is not None:
+            rule, power, _ = plan.search.candidates[int(result.index)]
+            winner, finite = rule.name, bool(outcome.finite[tap])
+            groups.append(_group(index, group, result, winner, power))
+        tap = f"layers/{index}/{tap}"
+        reason = _why_not_awq(group, tap, finite=finite, fell_back=fell_back, winner=winner)
+        linears += _linears(index, group, reason)
+    return LayerReport(
+        index=index,
+        error=float(outcome.rtn_error if fell_back else outcome.error),
+        rtn_error=float(outcome.rtn_error),
+        fell_back=fell_back,
+        groups=tuple(groups),
+        linears=tuple(linears),
+    )

@@ -1,0 +1,231 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A checkpoint directory in, a quantized one out, one layer in memory at a time."""
+
+import dataclasses
+import pathlib
+import resource
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from awq_jax_convert.export import HFWriter
+from awq_jax_convert.hf import HFCheckpoint
+from awq_jax_convert.tokenizer import Tokenizer
+
+from awq_jax._plan import LayerPlan, plan_layers
+from awq_jax._qtensor import QTensor
+from awq_jax._spec import Recipe
+from awq_jax._tie import Tie
+from awq_jax._tree import leaves
+from awq_jax.calibration import Samples, check_vocabulary, from_stream, read_calibration
+from awq_jax.coverage import layer_report
+from awq_jax.layer_step import LayerOutcome, quantize_and_measure
+from awq_jax.model_card import model_card
+from awq_jax.models.functional import embed
+from awq_jax.report import LayerReport, LinearReport, Report
+from awq_jax.stdlib_text import documentation
+
+__all__ = ["quantize_checkpoint", "read_samples"]
+
+Progress = Callable[[LayerReport, int], None]
+
+
+class _Clock:
+    """Wall seconds by phase."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = defaultdict(float)
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        begun = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[name] += time.perf_counter() - begun
+
+
+def read_samples(
+    checkpoint: HFCheckpoint, calib: pathlib.Path | None, *, samples: int = 128, seq_len: int = 512
+) -> Samples:
+    """Calibration samples from a file, or from the Python standard library's documentation without one.
+
+    Args:
+      checkpoint: whose tokenizer encodes text.
+      calib: UTF-8 text or JSON lines; None takes the documentation, which is English and about Python.
+      samples: how many.
+      seq_len: tokens of each.
+
+    Raises:
+      ValueError: the text is too short, malformed, or has ids outside the vocabulary.
+    """
+    path = checkpoint.path / "tokenizer.json"
+    encode = Tokenizer.from_file(path).encode if path.is_file() else None
+    if calib is not None:
+        found = read_calibration(calib, encode, samples=samples, seq_len=seq_len)
+    elif encode is None:
+        raise ValueError(f"{path} is missing, so text can't be encoded. Give pre-tokenized lines: --calib FILE.jsonl.")
+    else:
+        # No tokenizer makes fewer than one token of eight characters of prose; encoding the rest would take seconds.
+        ids = encode(documentation("calibration")[: 8 * samples * seq_len])
+        found = from_stream(ids, samples=samples, seq_len=seq_len, source="Python documentation")
+        warning = (
+            "no calibration text was given: the Python standard library's documentation was used. "
+            "Give text like your users' (--calib FILE); another domain costs accuracy"
+        )
+        found = dataclasses.replace(found, notes=(warning, *found.notes))
+    check_vocabulary(found, checkpoint.config.vocab_size)
+    return found
+
+
+def _plans(checkpoint: HFCheckpoint, recipe: Recipe) -> tuple[LayerPlan, ...]:
+    config = checkpoint.config
+    tie = Tie(kv_heads=config.num_kv_heads, repeats=config.num_heads // config.num_kv_heads)
+    sinks = {path.removeprefix("layers/*/") for group in checkpoint.family.groups for path in group.sinks}
+    widths = {path: checkpoint.shape(f"layers/0/{path}/kernel")[0] for path in sinks}
+    return plan_layers(checkpoint.family, recipe, config.num_layers, widths, tie)
+
+
+def _chunks(samples: Samples, batch: int) -> tuple[np.ndarray, np.ndarray]:
+    """Tokens and mask as ``[chunks, b, t]``; the last chunk is filled with masked samples."""
+    count = len(samples.tokens)
+    batch = min(batch, count)
+    fill = ((0, -count % batch), (0, 0))
+    tokens, mask = np.pad(samples.tokens, fill), np.pad(samples.mask, fill)
+    return tokens.reshape(-1, batch, tokens.shape[1]), mask.reshape(-1, batch, mask.shape[1])
+
+
+def _read_ahead(checkpoint: HFCheckpoint) -> Iterator[Any]:
+    """The layers in order; the next one is read while the current one is worked on."""
+    with ThreadPoolExecutor(1) as reader:
+        pending = reader.submit(checkpoint.layer, 0)
+        for index in range(1, checkpoint.config.num_layers + 1):
+            layer = pending.result()
+            if index < checkpoint.config.num_layers:
+                pending = reader.submit(checkpoint.layer, index)
+            yield layer
+
+
+def _refuse_unusable(index: int, params: Any, outcome: LayerOutcome) -> None:
+    """Stop at what would be silently wrong: taps that saw nothing, scales outside their dtype's range."""
+    for tap, tokens in outcome.tokens.items():
+        if not float(tokens):
+            raise ValueError(f"zero tokens were seen at layers/{index}/{tap}; nothing was measured there.")
+    for path, leaf in leaves(params):
+        if isinstance(leaf, QTensor):
+            scale = np.asarray(leaf.scale).astype(np.float32)
+            if not (np.isfinite(scale).all() and (scale > 0).all()):
+                raise ValueError(
+                    f"scales of layers/{index}/{path} leave the range of {leaf.scale.dtype} (from {scale.min():.3g} to "
+                    f"{scale.max():.3g}). Use bfloat16 scales and the native format, or leave the weight in floating "
+                    "point with an override."
+                )
+
+
+def quantize_checkpoint(
+    src: str | pathlib.Path,
+    out: str | pathlib.Path,
+    *,
+    recipe: Recipe = Recipe(),  # noqa: B008 - frozen
+    calib: str | pathlib.Path | Samples | None = None,
+    samples: int = 128,
+    seq_len: int = 512,
+    batch: int = 8,
+    format: str = "autoawq",
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> Report:
+    """Quantize a Hugging Face checkpoint directory.
+
+    One layer's weights, statistics and activations are in memory at a time, beside the calibration set's hidden states.
+    What can be refused is refused before anything is written; the output appears under its name only when it is
+    complete and was read back.
+
+    Args:
+      src: directory with config.json, safetensors and, for text, tokenizer.json.
+      out: directory to write; must not exist unless ``overwrite``.
+      recipe: format, search and overrides.
+      calib: UTF-8 text or JSON lines, or `Samples`; None takes the Python documentation and says so.
+      samples: calibration samples at most.
+      seq_len: tokens of a sample at most.
+      batch: samples that go through a layer together.
+      format: "autoawq" (what vLLM and transformers load) or "native".
+      overwrite: replace an existing output.
+      progress: called with each `LayerReport` and the number of layers.
+
+    Returns:
+      The report, also written to ``out/awq_jax_report.json``.
+
+    Raises:
+      FileNotFoundError, FileExistsError, ValueError: bad input, named.
+    """
+    clock = _Clock()
+    with clock.phase("open"):
+        checkpoint = HFCheckpoint.open(pathlib.Path(src))
+        plans = _plans(checkpoint, recipe)
+    with clock.phase("calibration text"):
+        if not isinstance(calib, Samples):
+            path = None if calib is None else pathlib.Path(calib)
+            calib = read_samples(checkpoint, path, samples=samples, seq_len=seq_len)
+        check_vocabulary(calib, checkpoint.config.vocab_size)
+    with HFWriter(checkpoint, pathlib.Path(out), format=format, recipe=recipe, overwrite=overwrite) as writer:
+        layers = tuple(_layers(checkpoint, plans, _chunks(calib, batch), writer, clock, progress))
+        report = Report(
+            layers=layers,
+            outside=tuple(
+                LinearReport(path=path, method="float", reason=reason, bits=16, group_size=0)
+                for path, reason in checkpoint.outside
+            ),
+            recipe=dataclasses.asdict(recipe),
+            calibration={
+                "source": calib.source,
+                "samples": len(calib.tokens),
+                "tokens": calib.count,
+                "sha256": calib.digest,
+            },
+            seconds=dict(clock.seconds),
+            peak_memory_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+            bytes_before=checkpoint.nbytes,
+            bytes_after=writer.nbytes,
+            warnings=calib.notes,
+        )
+        writer.write_text("awq_jax_report.json", report.to_json())
+        writer.write_text("README.md", model_card(checkpoint.path.name, checkpoint.family.name, report))
+    return report
+
+
+def _layers(
+    checkpoint: HFCheckpoint,
+    plans: tuple[LayerPlan, ...],
+    batches: tuple[np.ndarray, np.ndarray],
+    writer: HFWriter,
+    clock: _Clock,
+    progress: Progress | None,
+) -> Iterator[LayerReport]:
+    """Quantize and write the layers one after the other."""
+    config, (tokens, mask) = checkpoint.config, map(jnp.asarray, batches)
+    with clock.phase("read and write"):
+        stem = checkpoint.stem()
+        writer.write_stem(stem)
+    hidden = jax.jit(embed, static_argnums=0)(config, jax.tree.map(jnp.asarray, stem), tokens)
+    del stem
+    measured = max(1, len(tokens) // 8)
+    for index, (plan, params) in enumerate(zip(plans, _read_ahead(checkpoint), strict=True)):
+        with clock.phase("quantize"):
+            params = jax.tree.map(jnp.asarray, params)
+            outcome = quantize_and_measure(params, hidden, mask, config=config, plan=plan, measured=measured)
+            hidden = outcome.hidden
+            outcome = jax.device_get(dataclasses.replace(outcome, hidden=None))
+        _refuse_unusable(index, outcome.layer.params, outcome)
+        with clock.phase("read and write"):
+            writer.write_layer(index, outcome.layer.params)
+        report = layer_report(index, plan, outcome)
+        if progress:
+            progress(report, len(plans))
+        yield report
