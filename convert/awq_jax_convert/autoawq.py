@@ -1,0 +1,236 @@
+# SPDX-License-Identifier: Apache-2.0
+"""AutoAWQ's ``gemm`` files, what the Hub calls an AWQ checkpoint: codes packed along the outputs.
+
+A linear ``[k, n]`` is three tensors: ``qweight`` int32 ``[k, n/8]``, ``qzeros`` int32 ``[k/g, n/8]`` and ``scales``
+float16 ``[k/g, n]``. Nibble i of word c holds output ``8c + ORDER[i]``. Codes and zeros are those of `QTensor`; only
+the words differ. (Format: AutoAWQ 88e4c76, ``awq/utils/packing_utils.py``.)
+"""
+
+import dataclasses
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import numpy as np
+from jaxtyping import Int32, UInt8
+
+from awq_jax._qtensor import QTensor
+from awq_jax_convert.safetensors_dir import TensorMeta
+from awq_jax_kernels.nibbles import pack_numpy, unpack_numpy
+
+__all__ = ["ORDER", "AutoAWQ", "decode", "encode", "pack", "unpack"]
+
+ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
+PARTS = ("qweight", "qzeros", "scales")
+_KEYS = {"quant_method", "bits", "w_bit", "group_size", "q_group_size", "zero_point", "version"}
+# Run-time choices of other loaders: they don't change what the bytes mean.
+_HARMLESS = {"modules_to_not_convert", "backend", "do_fuse", "modules_to_fuse", "fuse_max_seq_len", "exllama_config"}
+
+
+def pack(codes: UInt8[np.ndarray, "r n"]) -> Int32[np.ndarray, "r n8"]:
+    """Eight codes of neighbouring outputs to an int32 word, in AutoAWQ's order.
+
+    Raises:
+      ValueError: the number of outputs is not a multiple of 8.
+
+    >>> hex(pack(np.arange(8, dtype=np.uint8)[None]).view(np.uint32)[0, 0])
+    '0x75316420'
+    """
+    r, n = codes.shape
+    if n % 8:
+        raise ValueError(f"AutoAWQ packs outputs in eights; {n} outputs are not a multiple of 8.")
+    nibbles = codes.reshape(r, n // 8, 8)[..., ORDER]
+    raw = np.ascontiguousarray(nibbles[..., 0::2] | (nibbles[..., 1::2] << 4))
+    return raw.view("<i4")[..., 0]
+
+
+def unpack(words: Int32[np.ndarray, "r n8"]) -> UInt8[np.ndarray, "r n"]:
+    """Inverse of `pack`.
+
+    >>> unpack(pack(np.arange(8, dtype=np.uint8)[None])).tolist()
+    [[0, 1, 2, 3, 4, 5, 6, 7]]
+    """
+    r, n8 = words.shape
+    raw = np.ascontiguousarray(words).view(np.uint8).reshape(r, n8, 4)
+    nibbles = np.stack([raw & 15, raw >> 4], axis=-1).reshape(r, n8, 8)
+    out = np.empty_like(nibbles)
+    out[..., ORDER] = nibbles
+    return out.reshape(r, 8 * n8)
+
+
+def _float16_scales(name: str, scale: np.ndarray, round_scales: bool) -> np.ndarray:
+    wide = scale.astype(np.float32)
+    with np.errstate(over="ignore"):
+        narrow = wide.astype(np.float16)
+    bad = int((~np.isfinite(narrow) | (narrow <= 0)).sum())
+    if bad:
+        raise ValueError(
+            f"{bad} of {narrow.size} scales of {name!r} are not finite and positive in float16, the dtype that AutoAWQ "
+            f"stores (they span {wide.min():g} to {wide.max():g}). Leave this weight unquantized with an override, or "
+            "write the native format."
+        )
+    if not round_scales and not np.array_equal(narrow.astype(np.float32), wide):
+        raise ValueError(
+            f"the scales of {name!r} are {scale.dtype} and lose precision in float16, the dtype that AutoAWQ stores; "
+            "the codes were rounded against other values. Quantize with QuantSpec(scale_dtype='float16'), or pass "
+            "round_scales=True."
+        )
+    return narrow
+
+
+def encode(name: str, weight: QTensor, *, round_scales: bool = False) -> dict[str, np.ndarray]:
+    """The three tensors of a quantized linear; codes and zeros unchanged, a symmetric weight gets zeros of 8.
+
+    Args:
+      name: of the module, for example ``model.layers.0.mlp.down_proj``.
+      weight: ``[k, n]``.
+      round_scales: let scales that float16 can't hold be rounded to it.
+
+    Returns:
+      ``name.qweight``, ``name.qzeros`` and ``name.scales``.
+
+    Raises:
+      ValueError: n is not a multiple of 8, or a scale is not finite, positive and exact in float16.
+    """
+    _, n = weight.shape
+    if n % 8:
+        raise ValueError(
+            f"{name!r} of shape {weight.shape} has {n} outputs; AutoAWQ needs a multiple of 8. Leave it unquantized "
+            "with an override, or write the native format."
+        )
+    scale = np.asarray(weight.scale)
+    zero = np.full(scale.shape, 8, np.uint8) if weight.zero is None else np.asarray(weight.zero).astype(np.uint8)
+    if zero.max(initial=0) > 15:
+        raise ValueError(f"{name!r} has a zero of {zero.max()}; codes lie in 0..15.")
+    return {
+        f"{name}.qweight": pack(unpack_numpy(np.asarray(weight.packed))),
+        f"{name}.qzeros": pack(zero),
+        f"{name}.scales": _float16_scales(name, scale, round_scales),
+    }
+
+
+def decode(name: str, parts: Mapping[str, np.ndarray]) -> QTensor:
+    """Inverse of `encode`, with numpy leaves; zeros that are all 8 become None, a symmetric weight.
+
+    Args:
+      name: of the module, for errors.
+      parts: ``qweight``, ``qzeros`` and ``scales``.
+
+    Raises:
+      ValueError: a scale is NaN or infinite.
+    """
+    scale, zero = parts["scales"], unpack(parts["qzeros"])
+    bad = int((~np.isfinite(scale)).sum())
+    if bad:
+        raise ValueError(f"{bad} of {scale.size} scales of {name!r} are NaN or infinite: the checkpoint is damaged.")
+    return QTensor(
+        packed=pack_numpy(unpack(parts["qweight"])),
+        scale=scale,
+        zero=None if (zero == 8).all() else zero.astype(np.int8),
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class AutoAWQ:
+    """The codec of one checkpoint: what its ``quantization_config`` says.
+
+    Attributes:
+      group_size: rows per scale, -1 for the whole column.
+      skip: ``modules_to_not_convert``; an entry matches every module whose name contains it.
+    """
+
+    group_size: int
+    skip: tuple[str, ...] = ()
+
+    parts = PARTS
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> "AutoAWQ":
+        """Read a ``quantization_config``, or the ``quant_config.json`` of older files.
+
+        Raises:
+          ValueError: an attribute, version, bit width or group size that is not known here.
+        """
+        unknown = sorted(set(config) - _KEYS - _HARMLESS)
+        if unknown:
+            raise ValueError(f"quantization_config has attributes that are not understood: {', '.join(unknown)}.")
+        version, bits = config.get("version", "gemm"), config.get("bits", config.get("w_bit"))
+        if not isinstance(version, str) or version.lower() != "gemm":
+            raise ValueError(f"AWQ version {version!r} is not read; 'gemm' is. Convert it with AutoAWQ first.")
+        if type(bits) is not int or bits != 4:
+            raise ValueError(f"AWQ with bits={bits!r} is not read; 4 is.")
+        group = config.get("group_size", config.get("q_group_size"))
+        if type(group) is not int or (group != -1 and group < 1):
+            raise ValueError(f"AWQ with group_size={group!r} is not read; it is a positive number, or -1.")
+        return cls(group, tuple(config.get("modules_to_not_convert") or ()))
+
+    def to_config(self) -> dict[str, Any]:
+        """The ``quantization_config`` that other loaders read.
+
+        ``zero_point`` is true even for symmetric weights, whose zeros are 8: vLLM's fast kernels ask for it.
+        """
+        return {
+            "quant_method": "awq",
+            "bits": 4,
+            "group_size": self.group_size,
+            "zero_point": True,
+            "version": "gemm",
+            "modules_to_not_convert": list(self.skip) or None,
+        }
+
+    def shape(self, name: str, metas: Mapping[str, TensorMeta]) -> tuple[int, int]:
+        """``(k, n)`` of a linear from its tensors' headers, which must agree with each other and with the config.
+
+        Raises:
+          ValueError: a part is missing, or a dtype or shape does not fit.
+        """
+        missing = [part for part in PARTS if part not in metas]
+        if missing:
+            raise ValueError(f"quantized module {name!r} lacks {', '.join(missing)}; download the checkpoint again.")
+        weight, zeros, scales = (metas[part] for part in PARTS)
+        if (weight.dtype, zeros.dtype) != ("I32", "I32") or scales.dtype != "F16" or len(weight.shape) != 2:
+            raise ValueError(
+                f"{name!r} is not AutoAWQ gemm: qweight {weight.dtype}{list(weight.shape)}, qzeros {zeros.dtype}, "
+                f"scales {scales.dtype}; expected I32, I32 and F16."
+            )
+        k, n8 = weight.shape
+        g = k if self.group_size == -1 else self.group_size
+        if not g or k % g or k % 2 or zeros.shape != (k // g, n8) or scales.shape != (k // g, 8 * n8):
+            raise ValueError(
+                f"{name!r}: qweight {list(weight.shape)}, qzeros {list(zeros.shape)} and scales {list(scales.shape)} "
+                f"do not fit group_size={self.group_size} of quantization_config; with {k} inputs and "
+                f"{8 * n8} outputs the scales are [k/g, n]."
+            )
+        return k, 8 * n8
+
+    def decode(self, name: str, parts: Mapping[str, np.ndarray]) -> QTensor:
+        """`decode` of this format."""
+        return decode(name, parts)
+
+    def encode(self, name: str, weight: QTensor) -> dict[str, np.ndarray]:
+        """`encode` of this format, after checking the group size.
+
+        Raises:
+          ValueError: the weight's group size is not the checkpoint's, or see `encode`.
+        """
+        g = weight.shape[-2] if self.group_size == -1 else self.group_size
+        if weight.group_size != g:
+            raise ValueError(
+                f"{name!r} has group_size={weight.group_size}, the checkpoint {self.group_size}: an AWQ checkpoint "
+                "has one. Quantize all weights with the same group size, or write the native format."
+            )
+        return encode(name, weight)
+
+    def skipping(self, dense: Iterable[str], quantized: Iterable[str]) -> "AutoAWQ":
+        """This codec with the modules that stay dense.
+
+        Raises:
+          ValueError: an entry's name is part of a quantized module's name, which would make loaders skip that too.
+        """
+        skip = tuple(sorted(dense))
+        clash = next(((s, q) for q in quantized for s in skip if s in q), None)
+        if clash:
+            raise ValueError(
+                f"module {clash[0]!r} stays dense and {clash[1]!r} is quantized, but modules_to_not_convert matches "
+                "by substring. Quantize both or neither."
+            )
+        return dataclasses.replace(self, skip=skip)
