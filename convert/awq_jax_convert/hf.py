@@ -9,12 +9,12 @@ from typing import Any
 
 import numpy as np
 
+from awq_jax._files import read_json
 from awq_jax._qtensor import QTensor
 from awq_jax.families import Family, by_architecture
 from awq_jax.models import Decoder, DecoderConfig, config_from_hf, param_shapes
 from awq_jax_convert.codecs import Codec, codec_of
 from awq_jax_convert.keymap import resolve
-from awq_jax_convert.local_files import read_json
 from awq_jax_convert.safetensors_dir import SafetensorsDir
 from awq_jax_convert.safetensors_header import DTYPES, FLOATS
 

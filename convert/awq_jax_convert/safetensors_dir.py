@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from awq_jax_convert.local_files import read_json, resolve_inside
+from awq_jax._files import read_json, resolve_inside
 from awq_jax_convert.safetensors_header import DTYPES, TensorInfo, read_header
 
 __all__ = ["INDEX", "SINGLE", "SafetensorsDir", "TensorMeta"]
@@ -175,7 +175,7 @@ class SafetensorsDir:
         """
         shard, info = self._place(name)
         out = np.empty(info.shape, DTYPES[info.dtype])
-        view = memoryview(out.reshape(-1).view(np.uint8)) if info.nbytes else memoryview(b"")
+        view = out.reshape(-1).view(np.uint8).data
         at = 0
         while at < info.nbytes:
             got = os.preadv(self._fds[shard], [view[at : at + _CHUNK]], info.start + at)

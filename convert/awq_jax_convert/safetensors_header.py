@@ -13,7 +13,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from awq_jax_convert.local_files import MAX_JSON_BYTES, parse_json
+from awq_jax._files import MAX_JSON_BYTES, parse_json
 
 __all__ = ["DTYPES", "FLOATS", "TensorInfo", "dtype_name", "read_header"]
 

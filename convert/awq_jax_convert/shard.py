@@ -11,11 +11,10 @@ from typing import Any
 
 import numpy as np
 
+from awq_jax._publish import write_file
 from awq_jax_convert.safetensors_header import dtype_name, read_header
 
-__all__ = ["tensor_bytes", "tensor_digest", "write_bytes", "write_shard"]
-
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+__all__ = ["tensor_bytes", "tensor_digest", "write_shard"]
 
 
 def tensor_bytes(array: np.ndarray) -> memoryview:
@@ -24,7 +23,7 @@ def tensor_bytes(array: np.ndarray) -> memoryview:
     The one place where arrays become bytes: a transposed array handed on as it lies would be written with its
     elements in the wrong order, which the safetensors library (0.8.0) does without a word.
     """
-    return memoryview(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
+    return np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
 
 
 def tensor_digest(array: np.ndarray) -> str:
@@ -32,36 +31,17 @@ def tensor_digest(array: np.ndarray) -> str:
     return hashlib.sha256(tensor_bytes(array)).hexdigest()
 
 
-def write_bytes(path: Path, pieces: Iterator[bytes | memoryview], nbytes: int) -> str:
-    """Create a file with the umask's mode, and wait until the disk has it.
-
-    Args:
-      path: must not exist.
-      pieces: the content.
-      nbytes: its length, for the message when the disk is full.
-
-    Returns:
-      sha256 of the content.
-
-    Raises:
-      OSError: the disk is full (says how much is needed), or another error of the system.
-    """
-    digest = hashlib.sha256()
-    try:
-        with open(path, "xb", buffering=0) as file:
-            for piece in pieces:
-                digest.update(piece)
-                rest = memoryview(piece)
-                while rest:
-                    rest = rest[file.write(rest) :]
-            os.fsync(file.fileno())
-    except OSError as error:
-        if error.errno not in _FULL:
-            raise
-        raise OSError(
-            error.errno, f"{os.strerror(error.errno)}: the disk has no room for {nbytes} bytes of", str(path.name)
-        ) from error
-    return digest.hexdigest()
+def _header(tensors: Mapping[str, np.ndarray], order: list[str]) -> bytes:
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # transformers refuses files without it
+    at = 0
+    for name in order:
+        array = tensors[name]
+        offsets = [at, at + array.nbytes]
+        header[name] = {"dtype": dtype_name(array.dtype), "shape": list(array.shape), "data_offsets": offsets}
+        at += array.nbytes
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
 
 
 def write_shard(path: Path, tensors: Mapping[str, np.ndarray]) -> str:
@@ -79,22 +59,14 @@ def write_shard(path: Path, tensors: Mapping[str, np.ndarray]) -> str:
     """
     # Wider elements first keeps every tensor aligned to its own size.
     order = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # transformers refuses files without it
-    at = 0
-    for name in order:
-        array = tensors[name]
-        end = at + array.nbytes
-        header[name] = {"dtype": dtype_name(array.dtype), "shape": list(array.shape), "data_offsets": [at, end]}
-        at = end
-    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-len(text) % 8)
+    header = _header(tensors, order)
 
     def pieces() -> Iterator[bytes | memoryview]:
-        yield len(text).to_bytes(8, "little") + text
+        yield header
         for name in order:
             yield tensor_bytes(tensors[name])
 
-    digest = write_bytes(path, pieces(), 8 + len(text) + at)
+    digest = write_file(path, pieces(), len(header) + sum(array.nbytes for array in tensors.values()))
     _compare(path, tensors)
     return digest
 
@@ -107,9 +79,8 @@ def _compare(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
             info = found[name]
             same = info.shape == array.shape and info.dtype == dtype_name(array.dtype)
             if not same or not _same_bytes(fd, info.start, tensor_bytes(array)):
-                raise OSError(
-                    errno.EIO, f"tensor {name!r} reads back different from what was written; check the disk", str(path)
-                )
+                said = f"tensor {name!r} reads back different from what was written; check the disk"
+                raise OSError(errno.EIO, said, str(path))
     finally:
         os.close(fd)
 

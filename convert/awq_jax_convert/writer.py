@@ -1,47 +1,38 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The one writer of checkpoint directories: everything or nothing."""
+"""The one writer of checkpoint directories."""
 
-import errno
-import fcntl
+import contextlib
 import json
 import os
-import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from awq_jax_convert.local_files import resolve_inside
-from awq_jax_convert.manifest import MANIFEST, make_manifest
+from awq_jax._files import resolve_inside
+from awq_jax._manifest import MANIFEST, make_manifest
+from awq_jax._publish import INCOMPLETE, published, write_file
 from awq_jax_convert.safetensors_dir import INDEX, SINGLE
 from awq_jax_convert.safetensors_header import DTYPES, dtype_name
-from awq_jax_convert.shard import tensor_digest, write_bytes, write_shard
+from awq_jax_convert.shard import tensor_digest, write_shard
 
-__all__ = ["INCOMPLETE", "DirectoryWriter"]
-
-INCOMPLETE = "_INCOMPLETE"
+__all__ = ["DirectoryWriter"]
 
 
 class DirectoryWriter:
-    """Writes a checkpoint beside its destination and moves it there whole.
+    """Writes safetensors shards and the files beside them; everything or nothing.
 
-    Inside the ``with`` block tensors and files go to ``.NAME.incomplete``, a hidden directory beside ``out``, marked
-    by a file ``_INCOMPLETE`` and locked against other writers. Leaving the block normally completes the shards,
-    writes the index and the manifest, and renames the directory to ``out``. Leaving it by an exception removes it.
-    What a killed process left is removed by the next writer of the same name.
+    A context manager: ``out`` appears when the block ends normally, with the shards, their index and a manifest of
+    checksums. An exception leaves nothing behind (`awq_jax._publish.published` says how).
 
     Args:
       out: the directory to create.
-      overwrite: replace ``out`` if it is a directory that this class wrote.
+      overwrite: replace ``out`` if awq-jax wrote it.
       max_shard_bytes: tensors held in memory before `flush_if_full` writes them.
       expected_bytes: refuse at once if the disk has less room.
-      recipe: JSON values that the manifest keeps.
 
-    Raises (on entering):
-      FileExistsError: ``out`` exists.
-      BlockingIOError: another process is writing ``out``.
-      OSError: not enough room.
+    Attributes:
+      recipe: JSON values that the manifest keeps; set it at any time.
     """
 
     def __init__(
@@ -51,68 +42,25 @@ class DirectoryWriter:
         overwrite: bool = False,
         max_shard_bytes: int = 256 << 20,
         expected_bytes: int = 0,
-        recipe: dict[str, Any] | None = None,
     ) -> None:
-        self.out = Path(os.path.abspath(out))
-        self.recipe = recipe
-        self._overwrite, self._max, self._expected = overwrite, max_shard_bytes, expected_bytes
-        self._work = self.out.with_name(f".{self.out.name}.incomplete")
+        self.recipe: dict[str, Any] | None = None
+        self._directory = published(out, overwrite=overwrite, expected_bytes=expected_bytes)
+        self._work = Path()
+        self._stack = contextlib.ExitStack()
+        self._max_shard_bytes = max_shard_bytes
         self._pending: dict[str, np.ndarray] = {}
-        self._shards: list[list[str]] = []
-        self._shard_digests: list[str] = []
+        self._shards: list[tuple[str, list[str]]] = []  # (sha256, tensor names)
         self._tensors: dict[str, str] = {}
         self._files: dict[str, str] = {}
         self._total = 0
-        self._lock = -1
-
-    # Entering and leaving.
 
     def __enter__(self) -> "DirectoryWriter":
-        self._refuse_existing()
-        self.out.parent.mkdir(parents=True, exist_ok=True)
-        self._check_room()
-        self._lock = _claim(self._work, self.out)
-        write_bytes(self._work / INCOMPLETE, iter(()), 0)
+        self._work = self._stack.enter_context(self._directory)
+        self._stack.push(self._complete)  # unwound first, so that a failure in it removes the directory too
         return self
 
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        try:
-            if error is not None:
-                shutil.rmtree(self._work, ignore_errors=True)
-            else:
-                self._publish()
-        except BaseException:
-            shutil.rmtree(self._work, ignore_errors=True)  # before the lock goes, so that it is surely ours
-            raise
-        finally:
-            os.close(self._lock)
-
-    def _refuse_existing(self) -> None:
-        if not self.out.exists() and not self.out.is_symlink():
-            return
-        if not self._overwrite:
-            raise FileExistsError(
-                errno.EEXIST,
-                "the output exists; choose another name, or pass overwrite=True (--overwrite)",
-                str(self.out),
-            )
-        ours = self.out.is_dir() and not self.out.is_symlink()
-        if not ours or (any(self.out.iterdir()) and not (self.out / MANIFEST).is_file()):
-            raise FileExistsError(
-                errno.EEXIST, f"not overwritten, because no {MANIFEST} says that awq-jax wrote it", str(self.out)
-            )
-
-    def _check_room(self) -> None:
-        free = shutil.disk_usage(self.out.parent).free
-        if free < self._expected:
-            raise OSError(
-                errno.ENOSPC,
-                f"{self._expected} bytes are needed and {free} are free; nothing was written. Make room, or choose "
-                "another disk",
-                str(self.out.parent),
-            )
-
-    # Tensors.
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
+        self._stack.__exit__(kind, error, trace)
 
     def add(self, name: str, array: np.ndarray) -> None:
         """Hold a tensor until its shard is written.
@@ -124,36 +72,24 @@ class DirectoryWriter:
         Raises:
           ValueError: the name was used, or the dtype is not one of these.
         """
-        array = np.asarray(array)
         if name in self._tensors:
             raise ValueError(f"tensor {name!r} was already written.")
         if dtype_name(array.dtype) is None:
-            raise ValueError(
-                f"tensor {name!r} is {array.dtype}; files hold {', '.join(str(d) for d in DTYPES.values())}."
-            )
+            raise ValueError(f"tensor {name!r} is {array.dtype}; files hold {', '.join(map(str, DTYPES.values()))}.")
         self._tensors[name] = tensor_digest(array)
         self._pending[name] = array
         self._total += array.nbytes
 
     def flush_if_full(self) -> None:
         """Write the held tensors if they fill a shard; called where a layer ends, so that layers stay whole."""
-        if sum(array.nbytes for array in self._pending.values()) >= self._max:
+        if sum(array.nbytes for array in self._pending.values()) >= self._max_shard_bytes:
             self._flush()
 
     def _flush(self) -> None:
-        if not self._pending:
-            return
-        path = self._work / f"shard-{len(self._shards):05d}"
-        self._shard_digests.append(write_shard(path, self._pending))
-        self._shards.append(list(self._pending))
-        self._pending = {}
-
-    # Other files.
-
-    def _refuse_name(self, name: str) -> None:
-        reserved = ("", ".", "..", MANIFEST, INDEX, INCOMPLETE, *self._files)
-        if name != os.path.basename(name) or name in reserved or name.endswith(".safetensors"):
-            raise ValueError(f"cannot write a file {name!r}: not a plain, unused file name.")
+        if self._pending:
+            digest = write_shard(self._work / f"shard-{len(self._shards):05d}", self._pending)
+            self._shards.append((digest, list(self._pending)))
+            self._pending = {}
 
     def write_bytes(self, name: str, content: bytes) -> None:
         """Write a file beside the shards.
@@ -162,89 +98,49 @@ class DirectoryWriter:
           ValueError: the name is a path, reserved or used.
           OSError: the disk is full.
         """
-        self._refuse_name(name)
-        self._files[name] = write_bytes(self._work / name, iter((content,)), len(content))
+        reserved = ("", ".", "..", MANIFEST, INDEX, INCOMPLETE, *self._files)
+        if name != os.path.basename(name) or name in reserved or name.endswith(".safetensors"):
+            raise ValueError(f"cannot write a file {name!r}: not a plain, unused file name.")
+        self._files[name] = write_file(self._work / name, (content,), len(content))
 
     def write_text(self, name: str, text: str) -> None:
         """`write_bytes` of UTF-8 text."""
         self.write_bytes(name, text.encode())
 
     def write_json(self, name: str, content: Any) -> None:
-        """`write_bytes` of JSON, as Hugging Face indents it."""
+        """`write_bytes` of indented JSON."""
         self.write_text(name, _json(content))
 
     def copy_file(self, directory: str | os.PathLike[str], name: str) -> None:
-        """Copy a file of another checkpoint, under its own name.
+        """Copy a small file of another checkpoint, under its own name.
 
         Raises:
           ValueError: it lies outside that directory, or see `write_bytes`.
           FileNotFoundError: there is none.
         """
-        self._refuse_name(name)
-        source = resolve_inside(Path(directory), name)
-        with open(source, "rb") as file:
-            pieces: Iterator[bytes] = iter(lambda: file.read(1 << 24), b"")
-            self._files[name] = write_bytes(self._work / name, pieces, source.stat().st_size)
+        self.write_bytes(name, resolve_inside(Path(directory), name).read_bytes())
 
-    # Completion.
-
-    def _name_shards(self) -> None:
-        count = len(self._shards)
-        names = [SINGLE] if count == 1 else [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
-        for i, name in enumerate(names):
-            os.rename(self._work / f"shard-{i:05d}", self._work / name)
-            self._files[name] = self._shard_digests[i]
-        if count > 1:
-            placed = {tensor: name for name, held in zip(names, self._shards, strict=True) for tensor in held}
-            content = {"metadata": {"total_size": self._total}, "weight_map": dict(sorted(placed.items()))}
-            text = _json(content).encode()
-            self._files[INDEX] = write_bytes(self._work / INDEX, iter((text,)), len(text))
-
-    def _publish(self) -> None:
+    def _complete(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
+        if error is not None:
+            return
         self._flush()
         self._name_shards()
         text = _json(make_manifest(self._files, self._tensors, self.recipe)).encode()
-        write_bytes(self._work / MANIFEST, iter((text,)), len(text))
-        os.unlink(self._work / INCOMPLETE)
-        _sync(self._work)
-        self._refuse_existing()
-        replaced = self.out.with_name(f".{self.out.name}.replaced")
-        if self.out.exists():
-            os.rename(self.out, replaced)
-        os.rename(self._work, self.out)
-        _sync(self.out.parent)
-        shutil.rmtree(replaced, ignore_errors=True)
+        write_file(self._work / MANIFEST, (text,), len(text))
+
+    def _name_shards(self) -> None:
+        """Shards get their final names last, because these hold the count."""
+        count = len(self._shards)
+        placed: dict[str, str] = {}
+        for i, (digest, held) in enumerate(self._shards):
+            name = SINGLE if count == 1 else f"model-{i + 1:05d}-of-{count:05d}.safetensors"
+            os.rename(self._work / f"shard-{i:05d}", self._work / name)
+            self._files[name] = digest
+            placed |= dict.fromkeys(held, name)
+        if count > 1:
+            text = _json({"metadata": {"total_size": self._total}, "weight_map": dict(sorted(placed.items()))}).encode()
+            self._files[INDEX] = write_file(self._work / INDEX, (text,), len(text))
 
 
 def _json(content: Any) -> str:
     return json.dumps(content, indent=2, ensure_ascii=False) + "\n"
-
-
-def _sync(directory: Path) -> None:
-    fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
-
-
-def _claim(work: Path, out: Path) -> int:
-    """Create and lock the working directory, empty; the lock ends with the process, whatever ends it."""
-    busy = BlockingIOError(
-        errno.EWOULDBLOCK, "another process is writing this output; wait, or choose another", str(out)
-    )
-    work.mkdir(exist_ok=True)
-    fd = os.open(work, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        here = os.stat(work)
-    except (BlockingIOError, FileNotFoundError) as error:
-        os.close(fd)
-        raise busy from error
-    # Between open and lock the other writer may have finished and renamed the very directory that is now locked.
-    if (here.st_dev, here.st_ino) != (os.fstat(fd).st_dev, os.fstat(fd).st_ino):
-        os.close(fd)
-        raise busy
-    for left in work.iterdir():
-        left.unlink() if not left.is_dir() else shutil.rmtree(left)
-    return fd

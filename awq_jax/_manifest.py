@@ -6,8 +6,8 @@ import os
 from pathlib import Path
 from typing import Any
 
-import awq_jax
-from awq_jax_convert.local_files import read_json
+from awq_jax._files import read_json
+from awq_jax._version import __version__
 
 __all__ = ["FORMAT_VERSION", "MANIFEST", "file_digest", "make_manifest", "read_manifest", "verify"]
 
@@ -31,7 +31,7 @@ def make_manifest(files: dict[str, str], tensors: dict[str, str], recipe: dict[s
     """
     return {
         "format_version": FORMAT_VERSION,
-        "written_by": f"awq-jax {awq_jax.__version__}",
+        "written_by": f"awq-jax {__version__}",
         "recipe": recipe,
         "files": dict(sorted(files.items())),
         "tensors": dict(sorted(tensors.items())),
