@@ -20,7 +20,7 @@ import sysconfig
 from collections.abc import Iterable, Iterator
 from typing import Literal, NamedTuple, get_args
 
-__all__ = ["Piece", "Split", "digest", "documentation", "pieces", "source", "split_of"]
+__all__ = ["Piece", "Split", "digest", "documentation", "pieces", "source", "split_of", "unseen"]
 
 Split = Literal["heldout", "calibration", "train"]
 
@@ -66,11 +66,8 @@ def pieces(split: Split) -> tuple[Piece, ...]:
     """Documentation of one split, in an order that mixes subjects and does not change: by hash of the name.
 
     Raises:
-      ValueError: no such split.
       FileNotFoundError: this Python comes without the source of its library.
     """
-    if split not in get_args(Split):
-        raise ValueError(f"split must be one of {', '.join(get_args(Split))}, not {split!r}.")
     return _pieces(split)
 
 
@@ -78,7 +75,6 @@ def documentation(split: Split) -> str:
     """The text of `pieces`, each under its name, with blank lines between.
 
     Raises:
-      ValueError: no such split.
       FileNotFoundError: this Python comes without the source of its library.
     """
     return "\n\n".join(f"{name}\n\n{text}" for name, text in pieces(split))
@@ -90,30 +86,19 @@ def source() -> tuple[Piece, ...]:
     Raises:
       FileNotFoundError: this Python comes without the source of its library.
     """
-    files = (
-        Piece(name, _read(path))
-        for name, path in _prose()
-        if split_of(name) == "train"
-    )
-    return tuple(_without_repeats(_by_hash(files), _paragraphs("heldout") | _paragraphs("calibration")))
+    files = (Piece(name, _read(path)) for name, path in _prose() if split_of(name) == "train")
+    return tuple(unseen(_by_hash(files), (*pieces("heldout"), *pieces("calibration"))))
 
 
-@functools.cache
-def _pieces(split: Split) -> tuple[Piece, ...]:
-    earlier = get_args(Split)[: get_args(Split).index(split)]
-    seen = set[str]().union(*map(_paragraphs, earlier))
-    docstrings = (p for name, path in _prose() if split_of(name) == split for p in _docstrings(name, _read(path)))
-    topics = (p for p in _topics() if split_of(p.name) == split)
-    return tuple(_without_repeats(_by_hash([*topics, *docstrings]), seen))
+def unseen(found: Iterable[Piece], known: Iterable[Piece]) -> Iterator[Piece]:
+    """Pieces without the paragraphs of ``known`` and without their own repeats; what nothing is left of is dropped.
 
-
-def _by_hash(found: Iterable[Piece]) -> list[Piece]:
-    return sorted(found, key=lambda piece: digest(piece.name))
-
-
-def _without_repeats(found: Iterable[Piece], seen: set[str]) -> Iterator[Piece]:
-    """Drop every paragraph that stood somewhere before, and pieces of which nothing is left."""
-    seen = set(seen)
+    >>> text = "The same words, long enough to be told from a phrase that is just common."
+    >>> list(unseen([Piece("a", text), Piece("b", text)], []))[1:]
+    []
+    """
+    seen = {_words(paragraph) for piece in known for paragraph in piece.text.split("\n\n")}
+    seen = {words for words in seen if len(words) >= _SHORTEST_REPEAT}
     for name, text in found:
         kept = []
         for paragraph in text.split("\n\n"):
@@ -126,14 +111,22 @@ def _without_repeats(found: Iterable[Piece], seen: set[str]) -> Iterator[Piece]:
             yield Piece(name, "\n\n".join(kept))
 
 
+@functools.cache
+def _pieces(split: Split) -> tuple[Piece, ...]:
+    earlier = get_args(Split)[: get_args(Split).index(split)]
+    seen = [piece for other in earlier for piece in _pieces(other)]
+    docstrings = (p for name, path in _prose() if split_of(name) == split for p in _docstrings(name, _read(path)))
+    topics = (p for p in _topics() if split_of(p.name) == split)
+    return tuple(unseen(_by_hash([*topics, *docstrings]), seen))
+
+
+def _by_hash(found: Iterable[Piece]) -> list[Piece]:
+    return sorted(found, key=lambda piece: digest(piece.name))
+
+
 def _words(paragraph: str) -> str:
     """A paragraph regardless of indentation, line breaks and the quotes that open and close a docstring."""
     return " ".join(paragraph.replace('"""', " ").split())
-
-
-def _paragraphs(split: Split) -> set[str]:
-    words = (_words(paragraph) for piece in _pieces(split) for paragraph in piece.text.split("\n\n"))
-    return {text for text in words if len(text) >= _SHORTEST_REPEAT}
 
 
 @functools.cache
@@ -166,15 +159,16 @@ def _docstrings(module: str, code: str) -> Iterator[Piece]:
     """Docstrings of a module, its classes and functions, longer than a phrase; none of the library's tests."""
     if "test" in module.split(".") or "tests" in module.split("."):
         return
-    kinds = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
 
     def walk(node: ast.AST, name: str) -> Iterator[Piece]:
-        if isinstance(node, kinds) and len(text := ast.get_docstring(node) or "") > _SHORTEST_DOCSTRING:
-            yield Piece(name, text)
+        if isinstance(node, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            name = f"{name}.{node.name}"
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            text = ast.get_docstring(node) or ""
+            if len(text) > _SHORTEST_DOCSTRING:
+                yield Piece(name, text)
         for child in ast.iter_child_nodes(node):
-            yield from walk(
-                child, f"{name}.{child.name}" if hasattr(child, "name") and isinstance(child, kinds) else name
-            )
+            yield from walk(child, name)
 
     yield from walk(ast.parse(code), module)
 
