@@ -1,0 +1,42 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Show what is in a checkpoint: every weight with its shape, format and size, layer by layer.
+
+Reads headers alone; nothing is loaded.
+
+  awq-jax inspect OUT
+"""
+
+import argparse
+import json
+import pathlib
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options."""
+    parser.add_argument("dir", type=pathlib.Path, metavar="DIR", help="dense or quantized checkpoint")
+    parser.add_argument("--all", action="store_true", help="every layer, also where all are alike")
+    parser.add_argument("--json", action="store_true", help="print as JSON")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Inspect."""
+    from awq_jax_convert.describe import describe
+
+    found = describe(args.dir)
+    if args.json:
+        print(json.dumps(found.to_dict()))
+        return 0
+
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console()
+    console.print(f"{args.dir}: {found.family}, {found.num_layers} layers, {found.nbytes / 1e6:.1f} MB, {found.format}")
+    table = Table()
+    for column in ("weight", "shape", "format", "bytes", "bits/weight"):
+        table.add_column(column, justify="left" if column in ("weight", "format") else "right")
+    for row in found.rows(collapse=not args.all):
+        shape = "x".join(map(str, row.shape))
+        table.add_row(row.path, shape, row.format, f"{row.nbytes:,}", f"{row.bits_per_weight:.2f}")
+    console.print(table)
+    return 0
