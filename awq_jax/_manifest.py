@@ -3,36 +3,46 @@
 
 import hashlib
 import os
-from pathlib import Path
+from collections.abc import Mapping
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from awq_jax._files import read_json
 from awq_jax._version import __version__
 
-__all__ = ["FORMAT_VERSION", "MANIFEST", "file_digest", "make_manifest", "read_manifest", "verify"]
+__all__ = ["FORMAT_VERSION", "MANIFEST", "make_manifest", "read_manifest", "tree_digests", "verify"]
 
 MANIFEST = "awq_jax_manifest.json"
 FORMAT_VERSION = 1
 
 
-def file_digest(path: Path) -> str:
-    """sha256 of a file, in hexadecimal."""
+def _digest(path: Path) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def make_manifest(files: dict[str, str], tensors: dict[str, str], recipe: dict[str, Any] | None) -> dict[str, Any]:
+def tree_digests(directory: Path, skip: tuple[str, ...] = ()) -> dict[str, str]:
+    """sha256 of every file under a directory, by relative path."""
+    found = (path for path in directory.rglob("*") if path.is_file())
+    return {str(p.relative_to(directory)): _digest(p) for p in found if str(p.relative_to(directory)) not in skip}
+
+
+def make_manifest(
+    files: Mapping[str, str], tensors: Mapping[str, str], recipe: Mapping[str, Any] | None, **more: Any
+) -> dict[str, Any]:
     """The manifest's content.
 
     Args:
-      files: name -> sha256.
+      files: relative path -> sha256.
       tensors: name -> sha256 of its bytes.
       recipe: what decided the quantization, as JSON values.
+      **more: further JSON values.
     """
     return {
         "format_version": FORMAT_VERSION,
         "written_by": f"awq-jax {__version__}",
         "recipe": recipe,
+        **more,
         "files": dict(sorted(files.items())),
         "tensors": dict(sorted(tensors.items())),
     }
@@ -43,7 +53,7 @@ def read_manifest(path: str | os.PathLike[str]) -> dict[str, Any]:
 
     Raises:
       FileNotFoundError: the directory has none; other programs don't write one.
-      ValueError: it was written by a newer version, or is damaged.
+      ValueError: it was written by another version, or is damaged.
     """
     found = read_json(Path(path), MANIFEST)
     version = found.get("format_version")
@@ -57,6 +67,15 @@ def read_manifest(path: str | os.PathLike[str]) -> dict[str, Any]:
     return found
 
 
+def _state(directory: Path, name: str, digest: str) -> str | None:
+    relative = PurePosixPath(name)
+    if relative.is_absolute() or ".." in relative.parts:
+        return "lies outside the directory"
+    if not (directory / relative).is_file():
+        return "missing"
+    return None if _digest(directory / relative) == digest else "checksum differs"
+
+
 def verify(path: str | os.PathLike[str]) -> int:
     """Compare every file of a directory with its manifest.
 
@@ -68,13 +87,8 @@ def verify(path: str | os.PathLike[str]) -> int:
       FileNotFoundError: there is no manifest.
     """
     files = read_manifest(path)["files"]
-    wrong = []
-    for name, digest in files.items():
-        found = Path(path) / os.path.basename(name)
-        if not found.is_file():
-            wrong.append(f"{name}: missing")
-        elif file_digest(found) != digest:
-            wrong.append(f"{name}: checksum differs")
+    states = {name: _state(Path(path), name, digest) for name, digest in files.items()}
+    wrong = [f"{name}: {state}" for name, state in states.items() if state]
     if wrong:
         raise ValueError(f"{path} is not what was written; copy it again.\n  " + "\n  ".join(wrong))
     return len(files)

@@ -1,0 +1,63 @@
+# SPDX-License-Identifier: Apache-2.0
+"""config.json: what we take from it, and what we never pass on."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from awq_jax._files import read_json
+from awq_jax.families import Family, by_architecture
+from awq_jax.models import DecoderConfig, config_from_hf
+
+__all__ = ["CONFIG", "HFConfig", "public_config", "read_config"]
+
+CONFIG = "config.json"
+
+
+@dataclasses.dataclass(frozen=True)
+class HFConfig:
+    """A config.json, understood.
+
+    Attributes:
+      raw: as it is, without what `public_config` drops and without ``quantization_config``.
+      quantization: its ``quantization_config``, None for a dense checkpoint.
+      family: the table that maps the checkpoint's names.
+      decoder: the config of our decoder.
+    """
+
+    raw: dict[str, Any]
+    quantization: Any
+    family: Family
+    decoder: DecoderConfig
+
+
+def public_config(config: dict[str, Any]) -> dict[str, Any]:
+    """A config without what could make a loader run code: ``auto_map`` and private attributes.
+
+    >>> public_config({"vocab_size": 8, "auto_map": {}, "_attn_implementation_internal": "someone/code"})
+    {'vocab_size': 8}
+    """
+    return {key: value for key, value in config.items() if key != "auto_map" and not key.startswith("_")}
+
+
+def read_config(directory: Path, family: Family | None = None) -> HFConfig:
+    """Read and understand ``config.json``.
+
+    Args:
+      directory: of the checkpoint.
+      family: instead of the one that serves the architecture.
+
+    Raises:
+      FileNotFoundError: no such directory or file.
+      ValueError: not JSON, an unknown architecture, or an attribute that is not understood.
+    """
+    if not directory.is_dir():
+        raise FileNotFoundError(f"{directory} is not a directory; download the checkpoint and give its local path.")
+    raw = public_config(read_json(directory, CONFIG))
+    quantization = raw.pop("quantization_config", None)
+    named = raw.get("architectures")
+    if family is None:
+        if not isinstance(named, list) or len(named) != 1 or not isinstance(named[0], str):
+            raise ValueError(f"{directory / CONFIG} must name one architecture; 'architectures' is {named!r}.")
+        family = by_architecture(named[0])
+    return HFConfig(raw, quantization, family, config_from_hf(family, raw))

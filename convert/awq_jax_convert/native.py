@@ -1,0 +1,117 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The native form of a quantized model: config and tokenizer as Hugging Face keeps them, weights as orbax keeps ours.
+
+One orbax checkpoint for the parameters outside the layers and one for each layer, so that neither writing nor reading
+ever holds more than a layer.
+"""
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from awq_jax._manifest import MANIFEST, read_manifest
+from awq_jax._qtensor import QTensor
+from awq_jax._tree import get, leaves
+from awq_jax.checkpoint import read_part
+from awq_jax_convert.hf_config import HFConfig, read_config
+from awq_jax_convert.shapes import expected_shape
+from awq_jax_convert.source import Checkpoint, cast
+
+__all__ = ["FORMAT", "NativeCheckpoint", "is_native", "part_name"]
+
+FORMAT = "native"
+STEM = "stem"
+
+
+def part_name(index: int) -> str:
+    """The directory of a layer.
+
+    >>> part_name(7)
+    'layer-00007'
+    """
+    return f"layer-{index:05d}"
+
+
+def is_native(path: str | os.PathLike[str]) -> bool:
+    """Whether a directory is a native checkpoint."""
+    return (Path(path) / MANIFEST).is_file() and read_manifest(path).get("format") == FORMAT
+
+
+class NativeCheckpoint(Checkpoint):
+    """A native checkpoint directory.
+
+    Attributes:
+      recipe: what decided the quantization, as JSON values.
+    """
+
+    format = FORMAT
+
+    def __init__(self, path: Path, hf: HFConfig, manifest: Mapping[str, Any]) -> None:
+        self.path, self.hf, self.recipe = path, hf, manifest["recipe"]
+        self._parts = manifest["parts"]
+        wanted = {STEM, *(part_name(i) for i in range(min(self.num_layers, len(self._parts) + 1)))}
+        if set(self._parts) != wanted:
+            raise ValueError(
+                f"{path} holds {len(self._parts) - 1} layers, its config.json implies {self.num_layers}; copy it again."
+            )
+        self.nbytes = sum(int(part["nbytes"]) for part in self._parts.values())
+
+    @classmethod
+    def open(cls, path: str | os.PathLike[str]) -> "NativeCheckpoint":
+        """Open a local directory.
+
+        Raises:
+          FileNotFoundError: no such directory, or a file of it is missing.
+          ValueError: its manifest is of an unknown version, or does not fit config.json.
+        """
+        directory = Path(path)
+        manifest = read_manifest(directory)
+        if manifest.get("format") != FORMAT or not isinstance(manifest.get("parts"), dict):
+            raise ValueError(f"{directory} is not a native checkpoint; its manifest says {manifest.get('format')!r}.")
+        return cls(directory, read_config(directory), manifest)
+
+    def _part(self, name: str, prefix: str, dtype: Any) -> dict[str, Any]:
+        tree = read_part(self.path / name, self._parts[name])
+        found = {f"{prefix}{path}": tuple(leaf.shape) for path, leaf in leaves(tree)}
+        self._refuse_shapes(
+            f"{path!r} has the shape {shape}, the config implies {expected_shape(self.config, path)}"
+            for path, shape in found.items()
+            if shape != expected_shape(self.config, path)
+        )
+        return cast(tree, dtype)
+
+    def paths(self) -> list[str]:
+        """All parameter paths, sorted."""
+        named = {STEM: "", **{part_name(i): f"layers/{i}/" for i in range(self.num_layers)}}
+        return sorted(f"{prefix}{path}" for part, prefix in named.items() for path in self._parts[part]["bytes"])
+
+    def _stored(self, path: str, what: str) -> Any:
+        part, relative = STEM, path
+        if path.startswith("layers/"):
+            _, index, relative = path.split("/", 2)
+            part = part_name(int(index))
+        return self._parts[part][what].get(relative)
+
+    def shape(self, path: str) -> tuple[int, ...]:
+        """Shape of a parameter."""
+        return expected_shape(self.config, path)
+
+    def stored_nbytes(self, path: str) -> int:
+        """The bytes that a parameter takes in memory."""
+        return int(self._stored(path, "bytes"))
+
+    def is_quantized(self, path: str) -> bool:
+        """Whether a parameter is a quantized weight."""
+        return self._stored(path, "quantized") is not None
+
+    def layer(self, index: int, dtype: Any = np.float32) -> dict[str, Any]:
+        """The parameters of one layer; see `Checkpoint.layer`."""
+        self._refuse_index(index)
+        return self._part(part_name(index), f"layers/{index}/", dtype)
+
+    def stem(self, dtype: Any = np.float32) -> dict[str, Any]:
+        """Everything outside the layers; see `Checkpoint.stem`."""
+        return self._part(STEM, "", dtype)
