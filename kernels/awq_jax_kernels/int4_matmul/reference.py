@@ -1,12 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
 """The definition of `int4_matmul`, in plain jnp; every other implementation is held to it."""
 
+from typing import Any
+
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int8
 
 from awq_jax_kernels.nibbles import unpack
 
-__all__ = ["dequantize", "int4_matmul"]
+__all__ = ["dequantize", "int4_matmul", "supports"]
+
+
+def supports(x: Any, packed: Any, scale: Any, zero: Any = None, *, config: Any = None) -> str | None:
+    """None: the definition takes every operand. A config is refused."""
+    return None if config is None else "takes no config"
 
 
 def dequantize(
@@ -37,6 +44,8 @@ def int4_matmul(
     packed: Int8[Array, "*b k2 n"],
     scale: Float[Array, "*b groups n"],
     zero: Int8[Array, "*b groups n"] | None = None,
+    *,
+    config: None = None,
 ) -> Float[Array, "*b m n"]:
     """``y = x @ ((q - zero) * scale)``: dequantize in float32, multiply in float32, round once to ``x.dtype``.
 
