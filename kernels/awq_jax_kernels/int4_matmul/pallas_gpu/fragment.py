@@ -1,0 +1,182 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From INT4 codes in shared memory to the register operand of a tensor-core instruction.
+
+A Hopper warpgroup multiplies ``A[64, 16] @ B[16, m]`` with A in registers: thread ``32 w + 4 r + c`` holds rows
+``16 w + r`` and ``16 w + r + 8``, columns ``2 c``, ``2 c + 1``, ``2 c + 8`` and ``2 c + 9``. Here A is the weight,
+transposed. Which output channel a row stands for is ours to choose, and two such tiles are filled together so that
+each thread owns four neighbouring channels (`lane_channel`). One 4-byte load of packed bytes then holds the codes of
+one column pair of all four, and scales, zeros and results move in vectors of four.
+
+A code becomes a float without a conversion. ``0x4300`` is 128 in bfloat16 with a last place of 1, so
+``0x4300 | q`` is ``128 + q``; subtracting ``128 + zero`` is exact. (float16: ``0x6400`` is 1024.) Two codes are done
+at once, half a shift, one logical operation and one subtraction for the pair.
+"""
+
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental.mosaic import gpu as mgpu
+from jaxlib.mlir import ir
+from jaxlib.mlir.dialects import arith, llvm, vector
+
+__all__ = ["CHANNELS", "UNIT", "add_scaled", "const", "dequantize", "lane_channel"]
+
+CHANNELS = 128  # output channels of a warpgroup: two 64-row tiles
+UNIT = 64  # contraction steps dequantized at once
+MAGIC = {jnp.dtype(jnp.bfloat16): 0x4300, jnp.dtype(jnp.float16): 0x6400}
+
+
+def const(value: int) -> ir.Value:
+    i32 = ir.IntegerType.get_signless(32)
+    return arith.constant(i32, ir.IntegerAttr.get(i32, value - (1 << 32) if value >= 1 << 31 else value))
+
+
+def _pure(instruction: str, *operands: ir.Value) -> ir.Value:
+    """One PTX instruction on 32-bit registers."""
+    i32 = ir.IntegerType.get_signless(32)
+    slots = ", ".join(f"${i}" for i in range(len(operands) + 1))
+    constraints = ",".join(["=r"] + ["r"] * len(operands))
+    return llvm.inline_asm(i32, list(operands), f"{instruction} {slots};", constraints, has_side_effects=False)
+
+
+def load(pointer: ir.Value, byte: int, words: int) -> list[ir.Value]:
+    """`words` 32-bit words at a constant byte offset from a pointer, in one load."""
+    i32 = ir.IntegerType.get_signless(32)
+    at = mgpu.utils.getelementptr(pointer, [byte], ir.IntegerType.get_signless(8))
+    if words == 1:
+        return [llvm.load(i32, at, alignment=4)]
+    loaded = llvm.load(ir.VectorType.get((words,), i32), at, alignment=4 * words)
+    return [llvm.extractelement(loaded, const(i)) for i in range(words)]
+
+
+def lane_channel() -> ir.Value:
+    """The first of this thread's four channels, 0..124.
+
+    Lane bit 4 chooses the half of the 128 channels and not a neighbour, so that the four lanes that share it but
+    read different rows hit different banks of the swizzled tile.
+    """
+    thread = arith.remui(mgpu.thread_idx(), const(128))
+    warp, lane = arith.shrui(thread, const(5)), arith.remui(thread, const(32))
+    chunk = arith.addi(arith.shli(arith.shrui(lane, const(4)), const(2)), warp)
+    within = arith.remui(arith.shrui(lane, const(2)), const(4))
+    return arith.addi(arith.shli(chunk, const(4)), arith.shli(within, const(2)))
+
+
+def _advance(ref: ir.Value, bytes_: ir.Value) -> ir.Value:
+    return mgpu.utils.getelementptr(mgpu.utils.memref_ptr(ref), [bytes_], ir.IntegerType.get_signless(8))
+
+
+def _packed_pairs(ref: ir.Value) -> Any:
+    """Pairs of raw codes, one per 32-bit word in bits 0..3 and 16..19, from bytes ``[k/2, 128]`` (128-byte swizzle)."""
+    lane = arith.remui(mgpu.thread_idx(), const(32))
+    column = arith.remui(lane, const(4))
+    channel = lane_channel()
+    chunk = arith.xori(arith.shrui(channel, const(4)), column)
+    near = arith.addi(arith.shli(chunk, const(4)), arith.remui(channel, const(16)))
+    row = arith.shli(column, const(7))
+    # Row c + 4 flips bit 2 of the chunk in the swizzle, and lies 512 bytes on.
+    far = arith.addi(arith.xori(near, const(64)), const(512))
+    bases = [_advance(ref, arith.addi(row, offset)) for offset in (near, far)]
+    for step in range(UNIT // 16):
+        for half, base in enumerate(bases):
+            (word,) = load(base, 1024 * step, 1)
+            high = arith.shrui(word, const(4))
+            for i in range(4):
+                yield step, half, i, _pure("prmt.b32", word, high, const(0x4400 + 0x1111 * i))
+
+
+def _tiled_pairs(ref: ir.Value) -> Any:
+    """The same from the order that `prepare` writes: 16-byte loads, and shifts alone to reach a pair."""
+    thread = arith.remui(mgpu.thread_idx(), const(128))
+    base = _advance(ref, arith.shli(thread, const(4)))
+    for quarter in range(UNIT // 32):
+        for j, word in enumerate(load(base, 2048 * quarter, 4)):
+            step, tile = 2 * quarter + j // 2, j % 2
+            for s in range(4):
+                yield step, s // 2, 2 * tile + s % 2, arith.shrui(word, const(4 * s)) if s else word
+
+
+def _rows(ref: ir.Value | None) -> list[ir.Value | None]:
+    """The rows of a unit's zeros or scales: one, or more where groups are shorter than a unit."""
+    if ref is None:
+        return [None]
+    return [mgpu.memref_slice(ref, i) for i in range(ir.MemRefType(ref.type).shape[0])]
+
+
+def _splat_zeros(ref: ir.Value | None, dtype: Any) -> list[ir.Value]:
+    """``magic + zero`` twice in a word, for each of the thread's channels."""
+    magic = MAGIC[jnp.dtype(dtype)]
+    if ref is None:
+        return [const((magic + 8) * 0x10001)] * 4
+    (word,) = load(_advance(ref, lane_channel()), 0, 1)
+    return [_pure("prmt.b32", word, const(magic >> 8), const(0x4040 + 0x0101 * i)) for i in range(4)]
+
+
+def _scales(ref: ir.Value) -> list[ir.Value]:
+    """The four channels' scales in float32."""
+    element, f32 = ir.MemRefType(ref.type).element_type, ir.F32Type.get()
+    size = mgpu.bytewidth(element)
+    base = _advance(ref, arith.muli(lane_channel(), const(size)))
+    loaded = llvm.load(ir.VectorType.get((4,), element), base, alignment=4 * size)
+    values = [llvm.extractelement(loaded, const(i)) for i in range(4)]
+    return values if element == f32 else [arith.extf(f32, v) for v in values]
+
+
+def _splat_scales(ref: ir.Value, dtype: Any) -> list[ir.Value]:
+    """Each scale twice in a word, rounded to the dtype of x if it is wider."""
+    name = "bf16" if jnp.dtype(dtype) == jnp.bfloat16 else "f16"
+    i32 = ir.IntegerType.get_signless(32)
+    return [
+        llvm.inline_asm(i32, [s], f"cvt.rn.{name}x2.f32 $0, $1, $1;", "=r,f", has_side_effects=False)
+        for s in _scales(ref)
+    ]
+
+
+def opaque_mask() -> ir.Value:
+    """``0x000F000F`` in a register. The assembler would otherwise move the constant again for every use."""
+    i32 = ir.IntegerType.get_signless(32)
+    text = "{ .reg .u32 size; .reg .pred p; mov.u32 size, %dynamic_smem_size; setp.ne.u32 p, size, 0;"
+    text += " selp.b32 $0, 0x000F000F, 0, p; }"
+    return llvm.inline_asm(i32, [], text, "=r", has_side_effects=True)
+
+
+def dequantize(
+    codes: ir.Value, zero: ir.Value | None, scale: ir.Value | None, mask: ir.Value, dtype: Any
+) -> mgpu.FragmentedArray:
+    """``q - zero``, times the scale if given, for 128 channels and 64 steps: a ``[128, 64]`` register operand.
+
+    Args:
+      codes: shared memory, int8 ``[32, 128]`` packed bytes with the 128-byte swizzle, or one int32 tile of `prepare`.
+      zero: shared memory, int8 ``[128]``, or None for 8.
+      scale: shared memory, floating ``[128]``, or None to leave the scale to `add_scaled`.
+      dtype: bfloat16 or float16.
+    """
+    name = "bf16x2" if jnp.dtype(dtype) == jnp.bfloat16 else "f16x2"
+    flavour = ".rn" if name == "bf16x2" else ""
+    element = mgpu.utils.dtype_to_ir_type(dtype)
+    packed = ir.MemRefType(codes.type).element_type == ir.IntegerType.get_signless(8)
+    zeros = [_splat_zeros(row, dtype) for row in _rows(zero)]
+    scales = [None if row is None else _splat_scales(row, dtype) for row in _rows(scale)]
+    magic = const((MAGIC[jnp.dtype(dtype)] | 8) * 0x10001)  # the xor of the layout comes free
+    registers = np.empty(mgpu.WGMMA_LAYOUT.registers_shape((CHANNELS, UNIT)), dtype=object)
+    for step, half, i, pair in (_packed_pairs if packed else _tiled_pairs)(codes):
+        value = arith.xori(arith.andi(pair, mask), magic)
+        value = _pure(f"sub{flavour}.{name}", value, zeros[16 * step * len(zeros) // UNIT][i])
+        factors = scales[16 * step * len(scales) // UNIT]
+        if factors is not None:
+            value = _pure(f"mul{flavour}.{name}", value, factors[i])
+        one = vector.broadcast(ir.VectorType.get((1,), value.type), value)
+        registers[i // 2, 2 * step + half, 0, 0, i % 2] = vector.bitcast(ir.VectorType.get((2,), element), one)
+    return mgpu.FragmentedArray(_registers=registers, _layout=mgpu.WGMMA_LAYOUT, _is_signed=None)
+
+
+def add_scaled(total: mgpu.FragmentedArray, partial: mgpu.FragmentedArray, scale: ir.Value) -> mgpu.FragmentedArray:
+    """``total + partial * scale`` for float32 ``[128, m]`` results of one group, one scale per row."""
+    scales = _scales(scale)
+    registers = total.registers.copy()
+    pair = ir.VectorType.get((2,), ir.F32Type.get())
+    for index in np.ndindex(registers.shape):
+        factor = vector.broadcast(pair, scales[2 * index[0] + index[4]])
+        registers[index] = llvm.intr_fma(partial.registers[index], factor, registers[index])
+    return mgpu.FragmentedArray(_registers=registers, _layout=total.layout, _is_signed=None)
