@@ -37,6 +37,19 @@ def _plain(node: Any) -> Any:
     return np.asarray(node)
 
 
+def _describe(leaf: Any) -> dict[str, Any]:
+    """What of a leaf the arrays alone do not say, and what people ask for without opening them."""
+    if isinstance(leaf, QTensor):
+        return {
+            "nbytes": leaf.nbytes,
+            "bits": leaf.bits,
+            "group_size": leaf.group_size,
+            "symmetric": leaf.zero is None,
+        }
+    array = np.asarray(leaf)
+    return {"nbytes": array.nbytes, "dtype": str(array.dtype)}
+
+
 def write_part(directory: Path, tree: Mapping[str, Any]) -> dict[str, Any]:
     """Write a nested dict of arrays and `QTensor` leaves as one orbax checkpoint.
 
@@ -55,7 +68,8 @@ def write_part(directory: Path, tree: Mapping[str, Any]) -> dict[str, Any]:
             checkpointer.save(directory.resolve(), _plain(tree))
     except Exception as error:  # orbax and tensorstore raise what they like
         raise OSError(f"cannot write {directory.name!r} of {directory.parent}: {error}") from error
-    return {"quantized": {path: leaf.bits for path, leaf in leaves(tree) if isinstance(leaf, QTensor)}}
+    described = {path: _describe(leaf) for path, leaf in leaves(tree)}
+    return {"nbytes": sum(kept["nbytes"] for kept in described.values()), "leaves": described}
 
 
 def read_part(directory: Path, description: Mapping[str, Any]) -> dict[str, Any]:
@@ -69,8 +83,9 @@ def read_part(directory: Path, description: Mapping[str, Any]) -> dict[str, Any]
     try:
         with _checkpointer() as checkpointer:
             tree = checkpointer.restore(directory.resolve())
-        for path, bits in description["quantized"].items():
-            tree = put(tree, path, QTensor(**get(tree, path), bits=int(bits)))
+        for path, kept in description["leaves"].items():
+            if "bits" in kept:
+                tree = put(tree, path, QTensor(**get(tree, path), bits=int(kept["bits"])))
     except Exception as error:
         raise ValueError(f"{directory} cannot be read ({error}); copy the checkpoint again.") from error
     return tree

@@ -14,8 +14,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from awq_jax_convert.export import HFWriter
+from awq_jax_convert.formats import open_writer, refuse_misfit
 from awq_jax_convert.hf import HFCheckpoint
+from awq_jax_convert.sink import ModelWriter
 from awq_jax_convert.tokenizer import Tokenizer
 
 from awq_jax._plan import LayerPlan, plan_layers
@@ -31,7 +32,7 @@ from awq_jax.models.functional import embed
 from awq_jax.report import LayerReport, LinearReport, Report
 from awq_jax.stdlib_text import documentation
 
-__all__ = ["quantize_checkpoint", "read_samples"]
+__all__ = ["plans_of", "quantize_checkpoint", "read_samples"]
 
 Progress = Callable[[LayerReport, int], None]
 
@@ -84,12 +85,32 @@ def read_samples(
     return found
 
 
-def _plans(checkpoint: HFCheckpoint, recipe: Recipe) -> tuple[LayerPlan, ...]:
+def plans_of(checkpoint: HFCheckpoint, recipe: Recipe) -> tuple[LayerPlan, ...]:
+    """What a recipe does to each layer of a checkpoint; see `plan_layers`."""
     config = checkpoint.config
     tie = Tie(kv_heads=config.num_kv_heads, repeats=config.num_heads // config.num_kv_heads)
     sinks = {path.removeprefix("layers/*/") for group in checkpoint.family.groups for path in group.sinks}
     widths = {path: checkpoint.shape(f"layers/0/{path}/kernel")[0] for path in sinks}
     return plan_layers(checkpoint.family, recipe, config.num_layers, widths, tie)
+
+
+def _refuse_quantized(checkpoint: HFCheckpoint) -> None:
+    if checkpoint.format != "dense":
+        raise ValueError(
+            f"{checkpoint.path} is already quantized ({checkpoint.format}); quantizing what was rounded moves its codes "
+            "again. Start from the dense checkpoint."
+        )
+
+
+def _expected_bytes(checkpoint: HFCheckpoint, plans: tuple[LayerPlan, ...]) -> int:
+    """Bytes of the tensors to be written: nibbles, a scale and a zero per group, and everything else as it was."""
+    total = checkpoint.nbytes
+    for index, plan in enumerate(plans):
+        for path, spec, _ in (row for group in plan.groups for row in group.quantized):
+            name = f"layers/{index}/{path}/kernel"
+            k, n = checkpoint.shape(name)
+            total += k * n // 2 + 3 * n * (k // spec.rows_per_group(k)) - checkpoint.stored_nbytes(name)
+    return total
 
 
 def _chunks(samples: Samples, batch: int) -> tuple[np.ndarray, np.ndarray]:
@@ -168,13 +189,25 @@ def quantize_checkpoint(
     clock = _Clock()
     with clock.phase("open"):
         checkpoint = HFCheckpoint.open(pathlib.Path(src))
-        plans = _plans(checkpoint, recipe)
+        _refuse_quantized(checkpoint)
+        plans = plans_of(checkpoint, recipe)
+        specs = {spec for plan in plans for group in plan.groups for _, spec, _ in group.quantized}
+        refuse_misfit(format, specs)
     with clock.phase("calibration text"):
         if not isinstance(calib, Samples):
             path = None if calib is None else pathlib.Path(calib)
             calib = read_samples(checkpoint, path, samples=samples, seq_len=seq_len)
         check_vocabulary(calib, checkpoint.config.vocab_size)
-    with HFWriter(checkpoint, pathlib.Path(out), format=format, recipe=recipe, overwrite=overwrite) as writer:
+    writer = open_writer(
+        format,
+        checkpoint,
+        out,
+        group_size=next(iter(specs), recipe.quant).group_size,
+        recipe=dataclasses.asdict(recipe),
+        overwrite=overwrite,
+        expected_bytes=_expected_bytes(checkpoint, plans),
+    )
+    with writer:
         layers = tuple(_layers(checkpoint, plans, _chunks(calib, batch), writer, clock, progress))
         report = Report(
             layers=layers,
@@ -204,7 +237,7 @@ def _layers(
     checkpoint: HFCheckpoint,
     plans: tuple[LayerPlan, ...],
     batches: tuple[np.ndarray, np.ndarray],
-    writer: HFWriter,
+    writer: ModelWriter,
     clock: _Clock,
     progress: Progress | None,
 ) -> Iterator[LayerReport]:

@@ -241,7 +241,7 @@ def fit(run: Run, config: Any, tokens: dict[str, np.ndarray], keep: Any, time_li
             raise FloatingPointError(f"the loss became {losses[-1]} before step {step}; lower the learning rate.")
         if time_limit and step == started + 2 * run.chunk:  # the first chunk compiled, this one only ran
             left = time_limit - (time.perf_counter() - begun)
-            total = min(run.steps, step + int(left / (seconds * 1.02) / run.chunk) * run.chunk)
+            total = min(run.steps, step + int(left / (seconds * 1.02)) * run.chunk)
         entry: dict[str, Any] = {"step": step, "loss": float(losses.mean()), "seconds": round(seconds, 3)}
         if step >= total or (step // run.chunk) % 20 == 2:
             entry["validation"] = math.log(evaluate(apply, params, windows, batch=min(len(windows), 32)).perplexity)

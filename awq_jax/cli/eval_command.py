@@ -32,7 +32,7 @@ def run(args: argparse.Namespace) -> int:
     from rich.console import Console
     from rich.progress import Progress
 
-    from awq_jax.pipeline import evaluate_checkpoint
+    from awq_jax.run import evaluate_checkpoint
 
     console = Console(stderr=True, quiet=args.quiet)
     with Progress(console=console, transient=True, disable=args.quiet or not sys.stderr.isatty()) as bar:

@@ -26,7 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Generate."""
-    from awq_jax.pipeline import generate_text
+    from awq_jax.run import generate_text
 
     result = generate_text(
         args.dir,

@@ -33,10 +33,10 @@ def run(args: argparse.Namespace) -> int:
     console = Console()
     console.print(f"{args.dir}: {found.family}, {found.num_layers} layers, {found.nbytes / 1e6:.1f} MB, {found.format}")
     table = Table()
-    for column in ("weight", "shape", "format", "bytes", "bits/weight"):
+    for column in ("weight", "shape", "format", "bytes", "bits/weight", "count"):
         table.add_column(column, justify="left" if column in ("weight", "format") else "right")
     for row in found.rows(collapse=not args.all):
         shape = "x".join(map(str, row.shape))
-        table.add_row(row.path, shape, row.format, f"{row.nbytes:,}", f"{row.bits_per_weight:.2f}")
+        table.add_row(row.path, shape, row.form, f"{row.nbytes:,}", f"{row.bits_per_weight:.2f}", str(row.count))
     console.print(table)
     return 0

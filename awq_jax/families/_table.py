@@ -83,6 +83,8 @@ class Family:
       keys: every tensor of a checkpoint; one that matches no row is an error.
       options: fixed `DecoderConfig` fields of this family, for example ``(("qkv_bias", True),)``.
       config: (Hugging Face attribute, DecoderConfig field) pairs read from config.json.
+      defaults: (Hugging Face attribute, value) pairs: what a config.json that leaves it out means, where it is not what
+        `DecoderConfig` has.
       accepts: (attribute, values) pairs: attributes that are understood with these values alone.
       ignores: attributes without effect on the forward pass.
       no_clip: module paths whose weights are never clipped.
@@ -94,6 +96,7 @@ class Family:
     keys: tuple[Key, ...]
     options: tuple[tuple[str, Any], ...] = ()
     config: tuple[tuple[str, str], ...] = ()
+    defaults: tuple[tuple[str, Any], ...] = ()
     accepts: tuple[tuple[str, tuple[Any, ...]], ...] = ()
     ignores: tuple[str, ...] = ()
     no_clip: tuple[str, ...] = ()

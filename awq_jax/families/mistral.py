@@ -12,4 +12,5 @@ MISTRAL = dataclasses.replace(
     name="mistral",
     architectures=("MistralForCausalLM",),
     config=(*(row for row in LLAMA.config if not row[0].endswith("_bias")), ("sliding_window", "sliding_window")),
+    defaults=(("sliding_window", 4096),),  # null is no window; left out is the first model's
 )

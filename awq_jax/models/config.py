@@ -56,6 +56,8 @@ class DecoderConfig:
     def __post_init__(self) -> None:
         for name, limit in _LIMITS.items():
             value = getattr(self, name)
+            if name == "sliding_window" and value is None:
+                continue
             if type(value) is not int or not 1 <= value <= limit:
                 raise ValueError(f"config: {name} is {value!r}; it must be a whole number from 1 to {limit}.")
         if self.num_heads % self.num_kv_heads:
@@ -65,6 +67,8 @@ class DecoderConfig:
             )
         if self.head_dim % 2:
             raise ValueError(f"config: head_dim is {self.head_dim}; rotary embeddings need an even one.")
+        if not 0 < self.norm_eps < 1:
+            raise ValueError(f"config: norm_eps is {self.norm_eps}; it must lie between 0 and 1, usually 1e-6 or 1e-5.")
 
 
 # Far above any model there is; a config beyond them is damaged or hostile, and must not size an allocation.
@@ -77,6 +81,7 @@ _LIMITS = {
     "num_kv_heads": 1 << 12,
     "head_dim": 1 << 12,
     "max_position_embeddings": 1 << 26,
+    "sliding_window": 1 << 26,
 }
 
 _ELSEWHERE = {"rope_theta", "rope_scaling", "rope_parameters", "layer_types"}  # read by functions of their own
@@ -107,6 +112,7 @@ def config_from_hf(family: Family, hf: Mapping[str, Any]) -> DecoderConfig:
     Raises:
       ValueError: an attribute is unknown, missing, or has a value this family does not implement.
     """
+    hf = {**dict(family.defaults), **hf}
     accepts = dict(family.accepts)
     reads = {theirs for theirs, _ in family.config}
     known = reads | accepts.keys() | set(family.ignores) | _ELSEWHERE | _WITHOUT_EFFECT
@@ -126,6 +132,8 @@ def config_from_hf(family: Family, hf: Mapping[str, Any]) -> DecoderConfig:
     missing = [theirs for theirs, ours in family.config if ours in _REQUIRED and ours not in fields]
     if missing:
         raise ValueError(f"config: {missing[0]!r} is missing, and family {family.name!r} needs it.")
+    for theirs, ours in family.config:
+        _refuse_type(theirs, fields.get(ours), ours)
     fields.setdefault("num_kv_heads", fields["num_heads"])
     fields.setdefault("head_dim", _head_dim(fields))
     _refuse_mixed_layers(hf.get("layer_types"), "sliding_window" in fields)
@@ -134,12 +142,23 @@ def config_from_hf(family: Family, hf: Mapping[str, Any]) -> DecoderConfig:
 
 
 _REQUIRED = {"vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads"}
+_TYPES = {field.name: field.type for field in dataclasses.fields(DecoderConfig)}
+_WORDS = {bool: ("true or false", (bool,)), float: ("a number", (float, int))}
+
+
+def _refuse_type(name: str, value: Any, field: str) -> None:
+    """JSON's types as they are: the text "false" would count as true."""
+    words, types = _WORDS.get(_TYPES[field], ("a whole number", (int,)))
+    if value is not None and type(value) not in types:
+        raise ValueError(f"config: {name} is {value!r}; it must be {words}.")
 
 
 def _head_dim(fields: Mapping[str, Any]) -> int:
     width, heads = fields["hidden_size"], fields["num_heads"]
     if type(width) is not int or type(heads) is not int or heads < 1 or width % heads:
-        raise ValueError(f"config: hidden_size {width!r} is not a multiple of num_attention_heads {heads!r}; give head_dim.")
+        raise ValueError(
+            f"config: hidden_size {width!r} is not a multiple of num_attention_heads {heads!r}; give head_dim."
+        )
     return width // heads
 
 

@@ -32,30 +32,49 @@ class RopeScaling:
     original: int = 8192
 
 
+_NAMES = {
+    "factor": "factor",
+    "low_freq_factor": "low_freq_factor",
+    "high_freq_factor": "high_freq_factor",
+    "original_max_position_embeddings": "original",
+}
+_NEEDS = {"default": (), "linear": ("factor",), "llama3": tuple(_NAMES)}
+
+
+def _positive(name: str, value: Any) -> float:
+    if type(value) not in (int, float) or not 0 < value < math.inf:
+        raise ValueError(f"config: {name} is {value!r}; it must be a positive number.")
+    return float(value)
+
+
 def rope_from_hf(hf: Mapping[str, Any]) -> tuple[float, RopeScaling | None]:
     """(theta, scaling) from ``rope_parameters`` (transformers 5) or ``rope_theta`` and ``rope_scaling``.
 
     Raises:
-      ValueError: a kind of scaling that is not implemented.
+      ValueError: a kind of scaling that is not implemented, or one that is not described as it should be.
     """
-    given = dict(hf.get("rope_parameters") or hf.get("rope_scaling") or {})
-    theta = float(given.pop("rope_theta", None) or hf.get("rope_theta") or 10000.0)
-    kind = given.pop("rope_type", None) or given.pop("type", None) or "default"
-    given.pop("type", None)
+    found = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
+    if not isinstance(found, Mapping):
+        raise ValueError(f"config: rope_scaling is {found!r}; it must be an object.")
+    given = {key: value for key, value in found.items() if value is not None}
+    theta = given.pop("rope_theta", hf.get("rope_theta"))
+    theta = _positive("rope_theta", 10000.0 if theta is None else theta)
+    kinds = [given.pop(key) for key in ("rope_type", "type") if key in given] or ["default"]
+    if kinds[0] not in tuple(_NEEDS):
+        raise ValueError(f"config: rope scaling {kinds[0]!r} is not implemented; {', '.join(_NEEDS)} are.")
+    kind = kinds[0]
+    if unknown := sorted(given.keys() - _NAMES.keys()):
+        raise ValueError(f"config: rope scaling {kind!r} has {', '.join(unknown)}, which is not understood.")
+    if missing := [name for name in _NEEDS[kind] if name not in given]:
+        raise ValueError(f"config: rope scaling {kind!r} lacks {', '.join(missing)}.")
     if kind == "default":
         return theta, None
-    if kind not in ("linear", "llama3"):
-        raise ValueError(f"config: rope scaling {kind!r} is not implemented; 'default', 'linear' and 'llama3' are.")
-    names = {
-        "factor": "factor",
-        "low_freq_factor": "low_freq_factor",
-        "high_freq_factor": "high_freq_factor",
-        "original_max_position_embeddings": "original",
-    }
-    unknown = sorted(given.keys() - names.keys())
-    if unknown or "factor" not in given:
-        raise ValueError(f"config: rope scaling {kind!r} with {unknown or 'no factor'} is not understood.")
-    return theta, RopeScaling(kind=kind, **{names[k]: v for k, v in given.items()})
+    fields: dict[str, Any] = {_NAMES[name]: _positive(name, given[name]) for name in _NEEDS[kind]}
+    if kind == "llama3":
+        fields["original"] = int(fields["original"])
+        if fields["high_freq_factor"] <= fields["low_freq_factor"]:
+            raise ValueError("config: rope scaling 'llama3' needs a high_freq_factor above its low_freq_factor.")
+    return theta, RopeScaling(kind=kind, **fields)
 
 
 def frequencies(head_dim: int, theta: float, scaling: RopeScaling | None) -> np.ndarray:

@@ -141,6 +141,7 @@ class AutoAWQ:
     group_size: int
     skip: tuple[str, ...] = ()
 
+    name = "autoawq"
     parts = PARTS
 
     @classmethod

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which quantized format a checkpoint is in: one row per format."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -18,6 +18,16 @@ class Codec(Protocol):
     """A format that keeps a linear in several tensors, ``module.part`` for each of ``parts``."""
 
     @property
+    def name(self) -> str:
+        """What users call the format."""
+        ...
+
+    @property
+    def group_size(self) -> int:
+        """Rows per scale, -1 for the whole column."""
+        ...
+
+    @property
     def parts(self) -> tuple[str, ...]:
         """Last name components of a quantized linear's tensors."""
         ...
@@ -32,6 +42,10 @@ class Codec(Protocol):
 
     def encode(self, name: str, weight: QTensor) -> dict[str, np.ndarray]:
         """The tensors, by full name."""
+        ...
+
+    def skipping(self, dense: Iterable[str], quantized: Iterable[str]) -> "Codec":
+        """The codec of a checkpoint whose other linears stay dense; raises ValueError where it can't say so."""
         ...
 
     def to_config(self) -> dict[str, Any]:

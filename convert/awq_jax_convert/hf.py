@@ -17,7 +17,7 @@ from awq_jax_convert.keymap import resolve
 from awq_jax_convert.safetensors_dir import SafetensorsDir
 from awq_jax_convert.safetensors_header import DTYPES, FLOATS
 from awq_jax_convert.shapes import expected_shape
-from awq_jax_convert.source import Checkpoint
+from awq_jax_convert.source import Checkpoint, form
 
 __all__ = ["HFCheckpoint"]
 
@@ -125,6 +125,12 @@ class HFCheckpoint(Checkpoint):
     def stored_nbytes(self, path: str) -> int:
         """The bytes that a parameter takes in the files."""
         return sum(self.tensors.info(name).nbytes for name in self._sources[path].tensors.values())
+
+    def stored_form(self, path: str) -> str:
+        """How a parameter is kept; see `Checkpoint.stored_form`."""
+        if self.codec is None or not self.is_quantized(path):
+            return str(self.stored_dtype(path))
+        return form(4, self.codec.group_size)
 
     def is_quantized(self, path: str) -> bool:
         """Whether a parameter is a quantized weight."""

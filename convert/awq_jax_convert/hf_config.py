@@ -30,6 +30,12 @@ class HFConfig:
     family: Family
     decoder: DecoderConfig
 
+    @property
+    def stop_tokens(self) -> tuple[int, ...]:
+        """Ids that end a text, from ``eos_token_id``."""
+        ids = self.raw.get("eos_token_id")
+        return tuple(ids) if isinstance(ids, list) else () if ids is None else (ids,)
+
 
 def public_config(config: dict[str, Any]) -> dict[str, Any]:
     """A config without what could make a loader run code: ``auto_map`` and private attributes.

@@ -18,7 +18,7 @@ from awq_jax._tree import get, leaves
 from awq_jax.checkpoint import read_part
 from awq_jax_convert.hf_config import HFConfig, read_config
 from awq_jax_convert.shapes import expected_shape
-from awq_jax_convert.source import Checkpoint, cast
+from awq_jax_convert.source import Checkpoint, cast, form
 
 __all__ = ["FORMAT", "NativeCheckpoint", "is_native", "part_name"]
 
@@ -86,14 +86,14 @@ class NativeCheckpoint(Checkpoint):
     def paths(self) -> list[str]:
         """All parameter paths, sorted."""
         named = {STEM: "", **{part_name(i): f"layers/{i}/" for i in range(self.num_layers)}}
-        return sorted(f"{prefix}{path}" for part, prefix in named.items() for path in self._parts[part]["bytes"])
+        return sorted(f"{prefix}{path}" for part, prefix in named.items() for path in self._parts[part]["leaves"])
 
-    def _stored(self, path: str, what: str) -> Any:
+    def _stored(self, path: str) -> dict[str, Any]:
         part, relative = STEM, path
         if path.startswith("layers/"):
             _, index, relative = path.split("/", 2)
             part = part_name(int(index))
-        return self._parts[part][what].get(relative)
+        return self._parts[part]["leaves"][relative]
 
     def shape(self, path: str) -> tuple[int, ...]:
         """Shape of a parameter."""
@@ -101,11 +101,18 @@ class NativeCheckpoint(Checkpoint):
 
     def stored_nbytes(self, path: str) -> int:
         """The bytes that a parameter takes in memory."""
-        return int(self._stored(path, "bytes"))
+        return int(self._stored(path)["nbytes"])
+
+    def stored_form(self, path: str) -> str:
+        """How a parameter is kept; see `Checkpoint.stored_form`."""
+        kept = self._stored(path)
+        if "bits" not in kept:
+            return str(kept["dtype"])
+        return form(kept["bits"], kept["group_size"], symmetric=kept["symmetric"])
 
     def is_quantized(self, path: str) -> bool:
         """Whether a parameter is a quantized weight."""
-        return self._stored(path, "quantized") is not None
+        return "bits" in self._stored(path)
 
     def layer(self, index: int, dtype: Any = np.float32) -> dict[str, Any]:
         """The parameters of one layer; see `Checkpoint.layer`."""

@@ -62,6 +62,18 @@ class Checkpoint(abc.ABC):
         """Shape of a parameter; of a quantized one, the dense weight's."""
 
     @abc.abstractmethod
+    def stored_nbytes(self, path: str) -> int:
+        """The bytes that a parameter takes, as kept."""
+
+    @abc.abstractmethod
+    def stored_form(self, path: str) -> str:
+        """How a parameter is kept, for people: ``bfloat16``, or ``int4 g128``."""
+
+    @abc.abstractmethod
+    def is_quantized(self, path: str) -> bool:
+        """Whether a parameter is a quantized weight."""
+
+    @abc.abstractmethod
     def layer(self, index: int, dtype: Any = np.float32) -> dict[str, Any]:
         """The parameters of one layer, ``{"attn": {"q": {"kernel": [in, out], ...}, ...}, ...}``.
 
@@ -105,6 +117,16 @@ class Checkpoint(abc.ABC):
                 + "\n  ".join(wrong[:5])
                 + more
             )
+
+
+def form(bits: int, group_size: int, *, symmetric: bool = False) -> str:
+    """What people read about a number format.
+
+    >>> form(4, 128), form(3, -1, symmetric=True)
+    ('int4 g128', 'int3 column symmetric')
+    """
+    group = "column" if group_size == -1 else f"g{group_size}"
+    return f"int{bits} {group}" + (" symmetric" if symmetric else "")
 
 
 def cast(node: Any, dtype: Any) -> Any:

@@ -1,0 +1,195 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Run a checkpoint directory, dense or quantized: load, measure, generate."""
+
+import dataclasses
+import functools
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from awq_jax_convert.formats import open_checkpoint
+from awq_jax_convert.source import Checkpoint
+from awq_jax_convert.tokenizer import Tokenizer
+
+from awq_jax.evaluate import Evaluation, cut_windows, evaluate
+from awq_jax.models import Decoder, DecoderConfig, generate
+from awq_jax.models.functional import forward
+
+__all__ = ["LoadedModel", "evaluate_checkpoint", "generate_text", "load_model"]
+
+PathLike = str | os.PathLike[str]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LoadedModel:
+    """A checkpoint in memory.
+
+    Attributes:
+      checkpoint: where it came from.
+      params: nested dict on the device; kernels are arrays or `QTensor`.
+    """
+
+    checkpoint: Checkpoint
+    params: Any
+
+    @property
+    def config(self) -> DecoderConfig:
+        """Of the decoder."""
+        return self.checkpoint.config
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """From the checkpoint's ``tokenizer.json``.
+
+        Raises:
+          FileNotFoundError: it has none.
+        """
+        return Tokenizer.from_file(self.checkpoint.path / "tokenizer.json")
+
+    @property
+    def decoder(self) -> Decoder:
+        """The Flax NNX model that holds the parameters."""
+        return Decoder.from_params(self.config, self.params)
+
+
+def load_model(path: PathLike, dtype: Any = jnp.float32) -> LoadedModel:
+    """Load a checkpoint directory, Hugging Face's or native, dense or quantized.
+
+    Args:
+      path: of the directory.
+      dtype: of dense parameters, and therefore of activations; quantized weights stay packed.
+
+    Raises:
+      FileNotFoundError, ValueError: the checkpoint is missing, damaged or not understood; each message names it.
+    """
+    checkpoint = open_checkpoint(path)
+    return LoadedModel(checkpoint=checkpoint, params=jax.tree.map(jnp.asarray, checkpoint.params(dtype)))
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 (byte {error.start}).") from None
+
+
+@functools.cache  # one object for each config: models of equal shape share a compilation
+def _apply(config: DecoderConfig) -> Callable[[Any, Any], Any]:
+    return functools.partial(forward, config)
+
+
+def evaluate_checkpoint(
+    path: PathLike,
+    text: PathLike,
+    *,
+    base: PathLike | None = None,
+    tokens: int = 20_000,
+    ctx: int = 192,
+    batch: int = 8,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Evaluation:
+    """Perplexity of a checkpoint on a text and, with a base, KL divergence from it; float32 activations.
+
+    Args:
+      path: checkpoint directory.
+      text: a file.
+      base: checkpoint to compare with, usually the unquantized one.
+      tokens: of the text to use, at most.
+      ctx: tokens of a window; windows do not overlap and are seen on their own.
+      batch: windows at a time.
+      progress: called with (windows done, windows).
+
+    Raises:
+      FileNotFoundError: no such checkpoint or text.
+      ValueError: the text is not UTF-8 or too short, or the two checkpoints do not share a vocabulary.
+    """
+    if not Path(text).is_file():
+        raise FileNotFoundError(f"no text file {text}.")
+    words = _read_text(Path(text))
+    model = load_model(path)
+    reference = None if base is None else load_model(base)
+    # No tokenizer makes fewer than one token of sixteen characters of prose; encoding the rest would take seconds.
+    ids = model.tokenizer.encode(words[: 16 * tokens])
+    if reference is not None:
+        _refuse_other_vocabulary(model, reference, ids)
+    windows = cut_windows(np.asarray(ids), ctx=ctx, tokens=tokens, vocab_size=model.config.vocab_size)
+    with jax.default_matmul_precision("highest"):
+        return evaluate(
+            _apply(model.config),
+            model.params,
+            windows,
+            base=None if reference is None else (_apply(reference.config), reference.params),
+            batch=batch,
+            progress=progress,
+        )
+
+
+def _refuse_other_vocabulary(model: LoadedModel, base: LoadedModel, ids: list[int]) -> None:
+    """KL compares distributions over the same tokens."""
+    same_size = model.config.vocab_size == base.config.vocab_size
+    if not same_size or base.tokenizer.decode(ids[:4096]) != model.tokenizer.decode(ids[:4096]):
+        raise ValueError(
+            f"{model.checkpoint.path} and {base.checkpoint.path} do not share a vocabulary ({model.config.vocab_size} "
+            f"and {base.config.vocab_size} tokens); KL compares a model with the one it was made from."
+        )
+
+
+def generate_text(
+    path: PathLike,
+    prompt: str,
+    *,
+    max_new_tokens: int = 64,
+    temperature: float = 0.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Continue a prompt.
+
+    Args:
+      path: checkpoint directory.
+      prompt: text that makes at least one token.
+      max_new_tokens: at most; fewer if the model ends the text.
+      temperature: 0 is greedy.
+      top_k: sample from the k likeliest tokens.
+      top_p: sample from the smallest set of probability p.
+      seed: of sampling.
+
+    Returns:
+      ``prompt``, ``text`` (what was added) and ``tokens`` (its ids).
+
+    Raises:
+      ValueError: an empty prompt, or more tokens than the model has positions for.
+    """
+    model = load_model(path, jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16)
+    return continue_prompt(
+        model,
+        prompt,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        key=jax.random.key(seed),
+    )
+
+
+def continue_prompt(model: LoadedModel, prompt: str, *, max_new_tokens: int, **sampling: Any) -> dict[str, Any]:
+    """`generate_text` with a model that is already loaded; ``sampling`` as `awq_jax.models.generate` takes it."""
+    ids = model.tokenizer.encode(prompt, special=True)
+    room = model.config.max_position_embeddings - len(ids)
+    if not ids:
+        raise ValueError("the prompt is empty; give at least one word.")
+    if room < max_new_tokens:
+        raise ValueError(
+            f"the prompt has {len(ids)} tokens and {max_new_tokens} more were asked for, but the model has "
+            f"{model.config.max_position_embeddings} positions. Ask for at most {max(room, 0)} (--max-new-tokens)."
+        )
+    stops = model.checkpoint.hf.stop_tokens
+    made = generate(model.decoder, jnp.array([ids]), max_new_tokens=max_new_tokens, stop_tokens=stops, **sampling)
+    new = np.asarray(made[0]).tolist()
+    end = next((i for i, token in enumerate(new) if token in stops), len(new))
+    return {"prompt": prompt, "text": model.tokenizer.decode(new[:end]), "tokens": new[:end]}

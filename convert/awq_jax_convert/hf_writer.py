@@ -1,0 +1,101 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A Hugging Face directory, dense or quantized, written one layer at a time."""
+
+import contextlib
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from awq_jax._qtensor import QTensor
+from awq_jax._tree import leaves
+from awq_jax_convert.codecs import Codec
+from awq_jax_convert.hf import HFCheckpoint
+from awq_jax_convert.hf_config import CONFIG
+from awq_jax_convert.keymap import theirs
+from awq_jax_convert.sink import ModelWriter, narrowed
+from awq_jax_convert.writer import DirectoryWriter
+
+__all__ = ["HFWriter"]
+
+
+class HFWriter(ModelWriter):
+    """Writes what `HFCheckpoint` reads: Hugging Face's names, the source's dtypes, and a codec's quantized linears.
+
+    Args:
+      source: the checkpoint that the new one is made from.
+      out: the directory to create.
+      codec: of the quantized linears; None writes a dense checkpoint.
+      recipe: what decided the quantization, as JSON values; the manifest keeps it.
+      overwrite: replace ``out`` if awq-jax wrote it.
+      expected_bytes: refuse at once if the disk has less room.
+    """
+
+    def __init__(
+        self,
+        source: HFCheckpoint,
+        out: str | os.PathLike[str],
+        *,
+        codec: Codec | None = None,
+        recipe: Mapping[str, Any] | None = None,
+        overwrite: bool = False,
+        expected_bytes: int = 0,
+    ) -> None:
+        self.source, self._codec = source, codec
+        self._writer = DirectoryWriter(out, overwrite=overwrite, expected_bytes=expected_bytes)
+        self._stack = contextlib.ExitStack()
+        self._writer.recipe = None if recipe is None else dict(recipe)
+        self._linears: dict[str, bool] = {}  # Hugging Face's module name -> whether it is quantized
+
+    def __enter__(self) -> "HFWriter":
+        self._stack.enter_context(self._writer)
+        self._stack.push(self._complete)  # unwound first, so that a failure in it removes the directory too
+        self._copy_beside()
+        return self
+
+    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
+        self._stack.__exit__(kind, error, trace)
+
+    def _complete(self, kind: Any, error: Any, trace: Any) -> None:
+        if error is None:
+            self._writer.write_json(CONFIG, self._config())
+
+    def _config(self) -> dict[str, Any]:
+        raw = self.source.hf.raw
+        if self._codec is None:
+            return raw
+        quantized = [name for name, is_quantized in self._linears.items() if is_quantized]
+        dense = [name for name, is_quantized in self._linears.items() if not is_quantized]
+        return {**raw, "quantization_config": self._codec.skipping(dense, quantized).to_config()}
+
+    def write_stem(self, stem: Mapping[str, Any]) -> None:
+        """Take everything outside the layers; see `ModelWriter.write_stem`."""
+        self._write(stem, "")
+
+    def write_layer(self, index: int, layer: Mapping[str, Any]) -> None:
+        """Take one layer; see `ModelWriter.write_layer`."""
+        self._write(layer, f"layers/{index}/")
+
+    def write_text(self, name: str, text: str) -> None:
+        """Write a file beside the tensors."""
+        self._writer.write_text(name, text)
+
+    def _write(self, tree: Mapping[str, Any], prefix: str) -> None:
+        for relative, leaf in leaves(tree):
+            for name, array in self._tensors(f"{prefix}{relative}", leaf).items():
+                self._writer.add(name, array)
+                self.nbytes += array.nbytes
+        self._writer.flush_if_full()
+
+    def _tensors(self, path: str, leaf: Any) -> dict[str, np.ndarray]:
+        name, transpose = theirs(self.source.family, path)
+        module = name.rpartition(".")[0]
+        if path.endswith("/kernel"):
+            self._linears[module] = isinstance(leaf, QTensor)
+        if isinstance(leaf, QTensor):
+            if self._codec is None:
+                raise ValueError(f"{path!r} is quantized, and a dense checkpoint was asked for.")
+            return self._codec.encode(module, leaf)
+        array = narrowed(path, leaf, self.source.stored_dtype(path))
+        return {name: array.T if transpose else array}

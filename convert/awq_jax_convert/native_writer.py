@@ -1,0 +1,93 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The native form, written one layer at a time: what `NativeCheckpoint` reads."""
+
+import contextlib
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from awq_jax._manifest import MANIFEST, make_manifest, tree_digests
+from awq_jax._publish import INCOMPLETE, published, write_file
+from awq_jax._qtensor import QTensor
+from awq_jax.checkpoint import write_part
+from awq_jax_convert.hf import HFCheckpoint
+from awq_jax_convert.hf_config import CONFIG
+from awq_jax_convert.native import FORMAT, STEM, part_name
+from awq_jax_convert.sink import ModelWriter, narrowed
+
+__all__ = ["NativeWriter"]
+
+
+class NativeWriter(ModelWriter):
+    """Keeps every width, group size and scale dtype as it is in memory.
+
+    Args:
+      source: the checkpoint that the new one is made from.
+      out: the directory to create.
+      recipe: what decided the quantization, as JSON values; the manifest keeps it.
+      overwrite: replace ``out`` if awq-jax wrote it.
+      expected_bytes: refuse at once if the disk has less room.
+    """
+
+    def __init__(
+        self,
+        source: HFCheckpoint,
+        out: str | os.PathLike[str],
+        *,
+        recipe: Mapping[str, Any] | None = None,
+        overwrite: bool = False,
+        expected_bytes: int = 0,
+    ) -> None:
+        self.source = source
+        self._recipe = recipe
+        self._directory = published(out, overwrite=overwrite, expected_bytes=expected_bytes)
+        self._stack = contextlib.ExitStack()
+        self._work = Path()
+        self._parts: dict[str, Any] = {}
+
+    def __enter__(self) -> "NativeWriter":
+        self._work = self._stack.enter_context(self._directory)
+        self._stack.push(self._complete)  # unwound first, so that a failure in it removes the directory too
+        self.write_text(CONFIG, json.dumps(self.source.hf.raw, indent=2) + "\n")
+        self._copy_beside()
+        return self
+
+    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
+        self._stack.__exit__(kind, error, trace)
+
+    def _complete(self, kind: Any, error: Any, trace: Any) -> None:
+        if error is None:
+            files = tree_digests(self._work, skip=(INCOMPLETE,))
+            manifest = make_manifest(files, {}, self._recipe, format=FORMAT, parts=self._parts)
+            self.write_text(MANIFEST, json.dumps(manifest, indent=2) + "\n")
+
+    def write_stem(self, stem: Mapping[str, Any]) -> None:
+        """Take everything outside the layers; see `ModelWriter.write_stem`."""
+        self._write(STEM, stem, "")
+
+    def write_layer(self, index: int, layer: Mapping[str, Any]) -> None:
+        """Take one layer; see `ModelWriter.write_layer`."""
+        self._write(part_name(index), layer, f"layers/{index}/")
+
+    def write_text(self, name: str, text: str) -> None:
+        """Write a file beside the tensors."""
+        content = text.encode()
+        write_file(self._work / name, (content,), len(content))
+
+    def _write(self, name: str, tree: Mapping[str, Any], prefix: str) -> None:
+        self._parts[name] = write_part(self._work / name, self._narrowed(tree, prefix))
+        self.nbytes += self._parts[name]["nbytes"]
+
+    def _narrowed(self, tree: Mapping[str, Any], prefix: str) -> dict[str, Any]:
+        made: dict[str, Any] = {}
+        for key, node in tree.items():
+            path = f"{prefix}{key}"
+            if isinstance(node, Mapping):
+                made[key] = self._narrowed(node, f"{path}/")
+            elif isinstance(node, QTensor):
+                made[key] = node
+            else:
+                made[key] = narrowed(path, node, self.source.stored_dtype(path))
+        return made

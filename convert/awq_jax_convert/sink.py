@@ -1,0 +1,86 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What every writer of a model offers: the parts of a checkpoint, taken one layer at a time, published whole."""
+
+import abc
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from awq_jax_convert.hf_config import CONFIG
+from awq_jax_convert.source import Checkpoint
+
+__all__ = ["BESIDE", "ModelWriter", "narrowed"]
+
+# What a tokenizer, a chat template and generation need; copied as they are. No Python file ever is.
+BESIDE = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+    "generation_config.json",
+)
+
+
+class ModelWriter(abc.ABC):
+    """A context manager; the directory appears when the block ends normally, an exception leaves nothing behind.
+
+    Attributes:
+      source: the checkpoint whose config, tokenizer and dtypes the new one has.
+      nbytes: of the tensors written so far.
+    """
+
+    source: Checkpoint
+    nbytes: int = 0
+
+    @abc.abstractmethod
+    def __enter__(self) -> "ModelWriter": ...
+
+    @abc.abstractmethod
+    def __exit__(self, *exc: Any) -> None: ...
+
+    @abc.abstractmethod
+    def write_stem(self, stem: Mapping[str, Any]) -> None:
+        """Take everything outside the layers."""
+
+    @abc.abstractmethod
+    def write_layer(self, index: int, layer: Mapping[str, Any]) -> None:
+        """Take one layer; kernels are dense or `QTensor`.
+
+        Raises:
+          ValueError: a value does not fit the format or its dtype; the message names the parameter.
+          OSError: the disk is full.
+        """
+
+    @abc.abstractmethod
+    def write_text(self, name: str, text: str) -> None:
+        """Write a file beside the tensors."""
+
+    def _copy_beside(self) -> None:
+        """Copy the source's tokenizer and generation settings."""
+        for name in BESIDE:
+            if (self.source.path / name).is_file():
+                self.write_text(name, (self.source.path / name).read_text(encoding="utf-8"))
+
+
+def narrowed(path: str, array: Any, dtype: np.dtype) -> np.ndarray:
+    """A dense parameter in the dtype that it had in the source.
+
+    Raises:
+      ValueError: a value that was finite is not in that dtype.
+    """
+    wide = np.asarray(array)
+    with np.errstate(over="ignore"):
+        narrow = wide.astype(dtype)
+    lost = int((~np.isfinite(narrow.astype(np.float32))).sum())
+    if lost:
+        raise ValueError(
+            f"{lost} of {narrow.size} values of {path!r} leave the range of {dtype}, the dtype of the source "
+            f"({CONFIG}); the largest is {np.abs(wide).max():.3g}. Convert the source to bfloat16 or float32 first."
+        )
+    return narrow
