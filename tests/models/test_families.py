@@ -1,0 +1,143 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What every family's table must keep, held against a tiny model of each variant."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from awq_jax import QuantSpec, Recipe, Tie, fold_scale, plan_layers
+from awq_jax._tree import get, leaves
+from awq_jax.families import FAMILIES, Norm, by_architecture
+from awq_jax.models import param_shapes
+from awq_jax.models.functional import block
+from awq_jax_convert.keymap import resolve, theirs
+from awq_jax_convert.shapes import expected_shape
+from tests.models.families import TINY
+from tests.tiny_models import logits_of, rounding, some_tokens
+
+
+def plans_of(checkpoint):
+    """Every layer's plan, whole columns so that any width fits."""
+    c = checkpoint.config
+    widths = {path.split("/", 2)[2]: checkpoint.shape(f"{path}/kernel")[0] for path in linears(checkpoint)}
+    tie = Tie(kv_heads=c.num_kv_heads, repeats=c.num_heads // c.num_kv_heads)
+    return plan_layers(checkpoint.family, Recipe(quant=QuantSpec(group_size=-1)), c.num_layers, widths, tie)
+
+
+def linears(checkpoint):
+    return [path.removesuffix("/kernel") for path in checkpoint.paths() if re.match(r"layers/.*/kernel$", path)]
+
+
+def test_every_family_has_a_tiny_model():
+    assert {row.family for row in TINY} == set(FAMILIES)
+
+
+def test_the_architecture_finds_its_family(oracle, checkpoint):
+    (named,) = oracle.model.config.architectures
+    assert by_architecture(named) is FAMILIES[oracle.row.family]
+    assert checkpoint.family is FAMILIES[oracle.row.family]
+
+
+def test_an_unknown_architecture_is_refused():
+    with pytest.raises(ValueError, match=r"'GPT2LMHeadModel' is not supported; these are: LlamaForCausalLM, .*table"):
+        by_architecture("GPT2LMHeadModel")
+
+
+def test_paths_of_the_groups_exist(checkpoint):
+    for index, plan in enumerate(plans_of(checkpoint)):
+        layer = checkpoint.layer(index)
+        for group in (p.group for p in plan.groups):
+            for sink in (*group.sinks, *group.float_sinks):
+                assert get(layer, sink)["kernel"].ndim == 2
+            if group.producer is None:
+                assert group.reason
+            else:
+                assert ("scale" if isinstance(group.producer, Norm) else "kernel") in get(layer, group.producer.path)
+            if group.output is not None:
+                assert group.output in layer
+
+
+def test_every_linear_of_a_layer_is_in_exactly_one_group(checkpoint):
+    grouped = [sink for group in checkpoint.family.groups for sink in (*group.sinks, *group.float_sinks)]
+    for index in range(checkpoint.num_layers):
+        named = [path.replace("*", str(index)) for path in grouped]
+        assert sorted(named) == [path for path in linears(checkpoint) if path.startswith(f"layers/{index}/")]
+
+
+def test_a_group_is_all_that_reads_one_tensor(checkpoint):
+    """Linears that the forward pass hands the same array are one group, so no consumer of a producer is left out."""
+    readers: dict[int, set[str]] = {}
+    held = []  # keeps the arrays alive, and with them their identities
+
+    def tap(name, x):
+        held.append(x)
+        readers.setdefault(id(x), set()).add(name)
+
+    config = checkpoint.config
+    h = jax.ShapeDtypeStruct((1, 3, config.hidden_size), jnp.float32)
+    jax.eval_shape(lambda p, x: block(config, p, x, tap=tap), checkpoint.layer(0), h)
+    (plan,) = set(plans_of(checkpoint))
+    grouped = {frozenset((*p.group.sinks, *p.group.float_sinks)) for p in plan.groups}
+    assert grouped == set(map(frozenset, readers.values()))
+    assert set(plan.taps) <= set().union(*readers.values())
+
+
+def test_random_scales_fold_without_changing_the_logits(rng, checkpoint):
+    params = checkpoint.params()
+    folded = {**params, "layers": dict(params["layers"])}
+    for index, plan in enumerate(plans_of(checkpoint)):
+        layer = folded["layers"][str(index)]
+        for p in plan.groups:
+            producer = p.group.producer
+            if producer is None:  # nothing is ever folded there; `test_paths_of_the_groups_exist` wants the reason
+                continue
+            channels = get(layer, producer.path)["scale" if isinstance(producer, Norm) else "kernel"].shape[-1]
+            t = jnp.asarray(np.exp(rng.uniform(-2, 2, channels)), jnp.float32)
+            layer = fold_scale(layer, p.group, t, p.tie)
+            for sink in p.group.sinks:
+                before = get(params, f"layers/{index}/{sink}/kernel")
+                assert not np.array_equal(get(layer, sink)["kernel"], before)
+        folded["layers"][str(index)] = layer
+    tokens = some_tokens(checkpoint.config.vocab_size)
+    before, after = (logits_of(checkpoint.config, p, tokens) for p in (params, folded))
+    assert np.abs(after - before).max() <= rounding(checkpoint.config) * np.abs(before).max()
+
+
+def test_names_of_the_checkpoint_map_both_ways(oracle, checkpoint):
+    tensors = load_file(oracle.path / "model.safetensors")
+    shapes = param_shapes(checkpoint.config)
+    places = resolve(checkpoint.family, checkpoint.config, tensors)
+    assert {place.path for place in places.values()} == set(shapes)
+    for name, (path, transposed) in places.items():
+        assert theirs(checkpoint.family, path) == (name, transposed)
+        stored = tensors[name].T if transposed else tensors[name]
+        assert stored.shape == shapes[path]
+    state = oracle.model.state_dict()
+    assert set(tensors) == set(state) - ({"lm_head.weight"} if checkpoint.config.tie_embeddings else set())
+
+
+def test_every_parameter_of_the_decoder_has_the_shape_that_the_config_implies(checkpoint):
+    shapes = param_shapes(checkpoint.config)
+    assert set(shapes) == set(checkpoint.paths())
+    for path, shape in shapes.items():
+        assert expected_shape(checkpoint.config, path) == shape == checkpoint.shape(path)
+    assert {path: leaf.shape for path, leaf in leaves(checkpoint.params())} == shapes
+
+
+def test_a_shape_of_no_parameter_is_an_error(checkpoint):
+    for path in ("layers/0/attn/q/gain", "layers/0/attn/qkv/kernel", "embed/kernel"):
+        with pytest.raises(KeyError, match="no parameter"):
+            expected_shape(checkpoint.config, path)
+
+
+def test_what_is_never_clipped_is_quantized_otherwise(checkpoint):
+    sinks = {sink for group in checkpoint.family.groups for sink in group.sinks}
+    assert set(checkpoint.family.no_clip) <= sinks
+    for plan in plans_of(checkpoint):
+        for p in plan.groups:
+            for path, _, clip in p.quantized:
+                assert clip == (f"layers/*/{path}" not in checkpoint.family.no_clip)
