@@ -29,7 +29,7 @@ Codes = Literal["random", "all 0", "all 15", "one hot"]
 CODES: tuple[Codes, ...] = ("random", "all 0", "all 15", "one hot")
 
 SIGMAS = 6
-UNIT = {"float32": 2.0**-24, "bfloat16": 2.0**-9, "float16": 2.0**-11}
+UNIT = {"float32": 2.0**-24, "bfloat16": 2.0**-8, "float16": 2.0**-11}
 
 
 @dataclass(frozen=True)

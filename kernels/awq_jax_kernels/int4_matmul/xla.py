@@ -20,7 +20,7 @@ def supports(x: Any, packed: Any, scale: Any, zero: Any = None, *, config: Any =
     return f"groups of {g} rows cut a byte in two" if g % 2 else None
 
 
-def int4_matmul(
+def grouped(
     x: Float[Array, "m k"],
     packed: Int8[Array, "k2 n"],
     scale: Float[Array, "groups n"],
@@ -43,3 +43,7 @@ def int4_matmul(
         sums = jnp.sum(xg.astype(jnp.float32), axis=-1)
         y -= jnp.matmul(sums, (zero.astype(jnp.float32) - 8) * scale, precision="highest")
     return y.astype(x.dtype)
+
+
+def int4_matmul(x: Any, packed: Any, scale: Any, zero: Any = None, *, config: None = None) -> Any:
+    return grouped(x, packed, scale, zero)

@@ -1,0 +1,45 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The programs that are compared: ours, what XLA makes of the same product, and dense bfloat16."""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from awq_jax_kernels.int4_matmul import pallas_tpu, reference, xla
+from awq_jax_kernels.int4_matmul.config import BlockConfig
+
+__all__ = ["dense", "dequantize_then_dot", "grouped", "operands", "ours"]
+
+
+def operands(m: int, k: int, n: int, g: int = 128, zeros: bool = True) -> tuple[Any, Any, Any, Any]:
+    """Shapes of x, packed, scale and zero: bfloat16 activations and scales."""
+    of = lambda shape, dtype: jax.ShapeDtypeStruct(shape, jnp.dtype(dtype))
+    zero = of((k // g, n), "int8") if zeros else None
+    return of((m, k), "bfloat16"), of((k // 2, n), "int8"), of((k // g, n), "bfloat16"), zero
+
+
+def ours(config: dict[str, Any], *, still: bool = False, **shape: Any) -> tuple[Any, Any]:
+    """The kernel; `still` for what its core does without copies."""
+    return functools.partial(pallas_tpu.fused, config=BlockConfig(**config), still=still), operands(**shape)
+
+
+def grouped(**shape: Any) -> tuple[Any, Any]:
+    """One product per group on int4, scaled after: `xla` as it runs on an accelerator."""
+    return xla.grouped, operands(**shape)
+
+
+def dequantize_then_dot(**shape: Any) -> tuple[Any, Any]:
+    """The dense weight in bfloat16, then one product: what most JAX libraries do."""
+
+    def product(x: Any, packed: Any, scale: Any, zero: Any) -> Any:
+        return x @ reference.dequantize(packed, scale, zero).astype(x.dtype)
+
+    return product, operands(**shape)
+
+
+def dense(m: int, k: int, n: int, **_: Any) -> tuple[Any, Any]:
+    """``x @ w`` in bfloat16, as XLA compiles it."""
+    of = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.bfloat16)
+    return jnp.matmul, (of(m, k), of(k, n))

@@ -1,0 +1,117 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Block sizes of the TPU kernel: tuned where someone has tuned, derived elsewhere."""
+
+import dataclasses
+import functools
+import importlib.resources
+import json
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import jax
+
+from awq_jax_kernels.chips import TPUS, Tpu, tpu_of
+
+__all__ = ["BlockConfig", "Variant", "choose", "derive", "here", "tuned_key", "vmem_bytes"]
+
+Variant = Literal["A", "B", "D", "E", "F"]
+
+
+@dataclass(frozen=True)
+class BlockConfig:
+    """How the TPU kernel cuts its work.
+
+    Attributes:
+      variant: how codes become operands. A, B and D multiply the codes and scale the partial sums of each group; E
+        and F scale the weights to bfloat16 first, E in bfloat16 arithmetic and F in float32. See `unpack`.
+      bm: rows of x in a block; all of them where m is smaller.
+      bn: columns of the weight in a block, a multiple of 128.
+      bk: rows of the weight in a block, a multiple of 128 and of the group.
+      chunk: rows that E and F scale at a time, a multiple of 128.
+      cores: 2 splits the columns over the cores of a megacore.
+      vmem_mib: what the compiler may use.
+      interpret: run the kernel's Python on any platform. True, or a `pltpu.InterpretParams`.
+    """
+
+    variant: Variant = "B"
+    bm: int = 256
+    bn: int = 128
+    bk: int = 1024
+    chunk: int = 256
+    cores: int = 1
+    vmem_mib: int = 14
+    interpret: Any = False
+
+
+def choose(m: int, k: int, n: int, g: int, *, zeros: bool, exact: bool) -> BlockConfig:
+    """The tuned config of the device that is being traced for, or a derived one.
+
+    Args:
+      m, k, n, g: rows of x, rows and columns of the weight, rows of a group.
+      zeros: the weight has zero points.
+      exact: x has more than eight bits, so weights may not be rounded to bfloat16.
+    """
+    tpu = here()
+    tuned = None if tpu is None or exact else _tuned(tpu.name).get(tuned_key(m, k, n, g, zeros))
+    return tuned or derive(m, k, n, g, tpu=tpu, exact=exact)
+
+
+def derive(m: int, k: int, n: int, g: int, *, tpu: Tpu | None, exact: bool) -> BlockConfig:
+    """A config from sizes alone.
+
+    Blocks of about a megabyte: large enough to hide what a grid step costs, small enough that the first one, which
+    nothing hides, is a few percent. Without a device, one that every generation can compile.
+    """
+    variant: Variant = "B"
+    if tpu is not None:
+        wide = m > 64 and not exact
+        if tpu.fp8_mxu and not wide:
+            variant = "D"
+        elif tpu.bf16_vpu:
+            variant = "B" if exact else "E"
+        else:
+            variant = "F" if wide else "A"
+    cores = 2 if tpu is not None and tpu.megacore and n % 256 == 0 else 1
+    config = BlockConfig(variant, cores=cores, vmem_mib=14 if tpu is None else tpu.vmem_mib * 7 // 8)
+    unit = max(g, 128)
+    rows = [bk for bk in range(unit, k + 1, unit) if k % bk == 0] or [k]
+    for bk in reversed(rows):
+        for bn in (1024, 512, 256, 128):
+            if n % (bn * cores) or bk * bn > (1 << 22):
+                continue
+            for bm in (512, 256, 128, 64, 32, 16):
+                sized = dataclasses.replace(config, bm=bm, bn=bn, bk=bk)
+                if bm // 2 < m and vmem_bytes(sized, m, k, g) < config.vmem_mib << 20:
+                    return sized
+    return dataclasses.replace(config, bm=16, bn=128, bk=rows[0], cores=1)
+
+
+def vmem_bytes(config: BlockConfig, m: int, k: int, g: int) -> int:
+    """About what a config holds in VMEM: double-buffered blocks, accumulator, scratch, and values in flight."""
+    bm = -(-min(config.bm, m) // 16) * 16
+    blocks = bm * k * 2 + config.bk // 2 * config.bn + k // g * config.bn * 3 + bm * config.bn * 4
+    scratch = bm * config.bn * 8 + k // g * config.bn * 8 + (bm * k * 2 if config.variant == "A" else 0)
+    return 2 * blocks + scratch + config.chunk * config.bn * 4 + k // config.bk * bm * 128 * 6
+
+
+def here() -> Tpu | None:
+    """The TPU that is being traced for: that of an abstract mesh, or this process's own."""
+    mesh = jax.sharding.get_abstract_mesh()
+    device = getattr(mesh, "abstract_device", None)
+    if device is not None:
+        return tpu_of(device.device_kind)
+    return tpu_of(jax.devices()[0].device_kind) if jax.default_backend() == "tpu" else None
+
+
+def tuned_key(m: int, k: int, n: int, g: int, zeros: bool) -> str:
+    """The row of a tuned table: m rounded up to a power of two from 16, the rest exact."""
+    return f"m{max(16, 1 << (m - 1).bit_length())} k{k} n{n} g{g} {'zeros' if zeros else 'symmetric'}"
+
+
+@functools.cache
+def _tuned(name: str) -> dict[str, BlockConfig]:
+    """``tuned/<generation>.json``, as `awq_jax_kernels.tune` wrote it; empty for a generation without one."""
+    file = importlib.resources.files("awq_jax_kernels.int4_matmul") / "tuned" / f"{name}.json"
+    if name not in TPUS or not file.is_file():
+        return {}
+    return {key: BlockConfig(**row) for key, row in json.loads(file.read_text())["configs"].items()}
