@@ -61,7 +61,7 @@ class Key:
 
     Attributes:
       theirs: the Hugging Face name, ``*`` for the layer index.
-      ours: the parameter path.
+      ours: the parameter path; empty for a tensor that is known and has no use.
       transpose: True where theirs is ``[out, in]`` and ours ``[in, out]``.
       optional: the tensor may be absent.
     """

@@ -11,9 +11,10 @@ import numpy as np
 
 from awq_jax._qtensor import QTensor
 from awq_jax.families import Family
+from awq_jax.models import param_shapes
 from awq_jax_convert.codecs import codec_of
 from awq_jax_convert.hf_config import HFConfig, read_config
-from awq_jax_convert.keymap import resolve
+from awq_jax_convert.keymap import resolve, theirs
 from awq_jax_convert.safetensors_dir import SafetensorsDir
 from awq_jax_convert.safetensors_header import DTYPES, FLOATS
 from awq_jax_convert.shapes import expected_shape
@@ -59,6 +60,7 @@ class HFCheckpoint(Checkpoint):
         self._sources = {p.path: _Source(name, p.transpose, parts[name]) for name, p in places.items()}
         self._shapes = {path: self._stored_shape(source) for path, source in self._sources.items()}
         self._refuse_shapes(self._misfits())
+        self._refuse_differences()
 
     @classmethod
     def open(cls, path: str | os.PathLike[str], family: Family | None = None) -> "HFCheckpoint":
@@ -76,17 +78,18 @@ class HFCheckpoint(Checkpoint):
 
     def _parts(self) -> dict[str, tuple[str, ...]]:
         """``module.weight`` -> the parts that the codec keeps it in; () for a dense tensor."""
-        found: dict[str, tuple[str, ...]] = {}
+        dense: dict[str, tuple[str, ...]] = {}
+        quantized: dict[str, tuple[str, ...]] = {}
         for name in self.tensors.names():
             module, _, part = name.rpartition(".")
             if self.codec is None or part not in self.codec.parts:
-                found[name] = ()
+                dense[name] = ()
             else:
-                found[f"{module}.weight"] = (*found.get(f"{module}.weight", ()), part)
-        both = [name for name, parts in found.items() if parts and name in self.tensors]
+                quantized[f"{module}.weight"] = (*quantized.get(f"{module}.weight", ()), part)
+        both = sorted(dense.keys() & quantized.keys())
         if both:
             raise ValueError(f"{self.path} has {len(both)} weights both dense and quantized, e.g. {both[0]!r}.")
-        return found
+        return {**dense, **quantized}
 
     def _stored_shape(self, source: _Source) -> tuple[int, ...]:
         metas = {part: self.tensors.info(name) for part, name in source.tensors.items()}
@@ -108,6 +111,17 @@ class HFCheckpoint(Checkpoint):
             wanted = expected_shape(self.config, path)
             if found != wanted:
                 yield f"{self._sources[path].name!r} gives {path!r} the shape {found}, the config implies {wanted}"
+
+    def _refuse_differences(self) -> None:
+        """Optional tensors, such as biases, are there exactly where the config says so."""
+        one = param_shapes(dataclasses.replace(self.config, num_layers=1))  # layers are alike: one tells of all
+        spread = lambda path: [path.replace("layers/0/", f"layers/{i}/", 1) for i in range(self.num_layers)]
+        wanted = {each for path in one for each in (spread(path) if path.startswith("layers/") else [path])}
+        said = [f"{theirs(self.family, path)[0]!r} is missing" for path in sorted(wanted - set(self.paths()))]
+        said += [f"{self._sources[path].name!r} has no use" for path in sorted(set(self.paths()) - wanted)]
+        if said:
+            more = f" and {len(said) - 5} more" if len(said) > 5 else ""
+            raise ValueError(f"{self.path} does not hold what its config.json implies: {', '.join(said[:5])}{more}.")
 
     def paths(self) -> list[str]:
         """All parameter paths, sorted."""

@@ -76,7 +76,7 @@ def resolve(family: Family, config: Sizes, names: Iterable[str]) -> dict[str, Pl
       names: every tensor name of the checkpoint.
 
     Returns:
-      Their name -> our path and whether to transpose, one entry per name.
+      Their name -> our path and whether to transpose, one entry per name that the table gives a path.
 
     Raises:
       ValueError: names that match no row of the table, two names for one path, or required tensors that are missing;
@@ -96,7 +96,7 @@ def resolve(family: Family, config: Sizes, names: Iterable[str]) -> dict[str, Pl
             f"{len(unknown)} checkpoint tensors match no key of family {family.name!r} with {config.num_layers} "
             f"layers: {_some(unknown)}. The checkpoint is of another architecture, or the family's table lacks a row."
         )
-    found = {name: place for name, place in places.items() if place is not None}
+    found = {name: place for name, place in places.items() if place is not None and place.path}
     held: dict[str, str] = {}
     for name, place in found.items():
         if place.path in held:
