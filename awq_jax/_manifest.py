@@ -76,8 +76,12 @@ def _state(directory: Path, name: str, digest: str) -> str | None:
     return None if _digest(directory / relative) == digest else "checksum differs"
 
 
-def verify(path: str | os.PathLike[str]) -> int:
+def verify(path: str | os.PathLike[str], under: str = "") -> int:
     """Compare every file of a directory with its manifest.
+
+    Args:
+      path: of the directory.
+      under: only the files in this folder of it.
 
     Returns:
       How many files were checked.
@@ -86,7 +90,10 @@ def verify(path: str | os.PathLike[str]) -> int:
       ValueError: a file is missing or its checksum differs; all of them are listed.
       FileNotFoundError: there is no manifest.
     """
-    files = read_manifest(path)["files"]
+    inside = f"{under}/" if under else ""
+    files = {name: digest for name, digest in read_manifest(path)["files"].items() if name.startswith(inside)}
+    if not files:
+        raise ValueError(f"{Path(path) / MANIFEST} lists no files of {under or 'the directory'}; copy it again.")
     states = {name: _state(Path(path), name, digest) for name, digest in files.items()}
     wrong = [f"{name}: {state}" for name, state in states.items() if state]
     if wrong:

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from awq_jax._manifest import MANIFEST, make_manifest, read_manifest, tree_digests
+from awq_jax._manifest import MANIFEST, make_manifest, read_manifest, tree_digests, verify
 from awq_jax._publish import INCOMPLETE, published, write_file
 from awq_jax._qtensor import QTensor
 from awq_jax._tree import get, leaves, put
@@ -134,4 +134,5 @@ def load(path: str | os.PathLike[str]) -> dict[str, Any]:
     parts = read_manifest(path).get("parts")
     if not isinstance(parts, dict) or "params" not in parts:
         raise ValueError(f"{path} holds no single parameter tree; a quantized model is loaded with load_model.")
+    verify(path, "params")  # orbax returns wrong values for some damage to its data files
     return read_part(Path(path) / "params", parts["params"])

@@ -12,9 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from awq_jax._manifest import MANIFEST, read_manifest
-from awq_jax._qtensor import QTensor
-from awq_jax._tree import get, leaves
+from awq_jax._manifest import MANIFEST, read_manifest, verify
+from awq_jax._tree import leaves
 from awq_jax.checkpoint import read_part
 from awq_jax_convert.hf_config import HFConfig, read_config
 from awq_jax_convert.shapes import expected_shape
@@ -74,6 +73,7 @@ class NativeCheckpoint(Checkpoint):
         return cls(directory, read_config(directory), manifest)
 
     def _part(self, name: str, prefix: str, dtype: Any) -> dict[str, Any]:
+        verify(self.path, name)  # orbax returns wrong values for some damage to its data files
         tree = read_part(self.path / name, self._parts[name])
         found = {f"{prefix}{path}": tuple(leaf.shape) for path, leaf in leaves(tree)}
         self._refuse_shapes(
