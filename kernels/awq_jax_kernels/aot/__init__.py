@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
 """Compile for a TPU that this machine does not have, and read what the compiler knows of the cost.
 
-`tpu.compile_programs` runs libtpu in a child process, `schedule` reads its dumps, `pipeline` turns both into a time.
+`program` is what to compile, `tpu.compile_programs` runs libtpu in a child process, `schedule` reads its dumps.
 """

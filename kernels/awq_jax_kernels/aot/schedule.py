@@ -5,7 +5,7 @@ import collections
 import re
 from pathlib import Path
 
-__all__ = ["loop_bundles", "profile_cycles", "scheduled_bundles"]
+__all__ = ["count_bundles", "kernel_names", "profile_cycles", "scheduled_bundles"]
 
 _PROFILE = re.compile(r'hlo_op_name: "([^"]+)"\s+estimated_cycles: (\d+)')
 _BUNDLE = re.compile(r"\s*(?:0x)?[0-9a-f]+ +(?:[A-Z]{2})?: ([> ]*)\{")
@@ -23,22 +23,30 @@ def profile_cycles(folder: Path) -> dict[str, int]:
     return {name: int(cycles) for name, cycles in found}
 
 
-def scheduled_bundles(folder: Path) -> dict[str, int]:
-    """Instruction bundles in the grid loop of each kernel, by the name of its operation."""
+def kernel_names(hlo: str) -> list[str]:
+    """Operations of an optimized program that are Pallas kernels.
+
+    >>> kernel_names('  ROOT %k.1 = bf16[8] custom-call(%x), custom_call_target="tpu_custom_call"')
+    ['k.1']
+    """
+    return re.findall(r'^\s*(?:ROOT )?%?([\w.\-]+) = .*custom_call_target="tpu_custom_call"', hlo, re.MULTILINE)
+
+
+def scheduled_bundles(folder: Path) -> dict[str, list[int]]:
+    """Instruction bundles of each operation, see `count_bundles`."""
     found = {}
     for file in folder.glob("*final_bundles.txt"):
         # <stamp>-<operation>-<pass number>-final_bundles.txt; the schedule-analysis twin holds no bundles.
-        match = re.match(r"[\d.]+-(.+?)-\d+-final_bundles\.txt$", file.name)
-        if match and (count := loop_bundles(file.read_text(errors="replace"))):
-            found[match[1]] = count
+        if match := re.match(r"[\d.]+-(.+?)-\d+-final_bundles\.txt$", file.name):
+            found[match[1]] = count_bundles(file.read_text(errors="replace"))
     return found
 
 
-def loop_bundles(text: str) -> int:
-    """Bundles inside a loop, each counted once; all of them where there is no loop.
+def count_bundles(text: str) -> list[int]:
+    """Bundles by loop depth: outside of loops, in a loop, in a loop within one, and so on.
 
-    >>> loop_bundles(" 0x1   :  { a }\\n 0x2   : > { b }\\n 0x3   : > { c }\\n")
-    2
+    >>> count_bundles(" 0x1   :  { a }\\n 0x2   : > { b }\\n 0x3 LB: >> { c }\\n 0x4   : >> { d }\\n")
+    [1, 1, 2]
     """
     depth = collections.Counter(match[1].count(">") for match in map(_BUNDLE.match, text.splitlines()) if match)
-    return sum(depth.values()) - depth[0] or sum(depth.values())
+    return [depth[d] for d in range(max(depth, default=-1) + 1)]

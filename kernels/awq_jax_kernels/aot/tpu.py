@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from awq_jax_kernels.aot import pipeline, schedule
+from awq_jax_kernels.aot import schedule
 from awq_jax_kernels.aot.program import Program
 from awq_jax_kernels.chips import TPUS, Tpu
 
@@ -34,18 +34,18 @@ class Compiled:
       temp_bytes: HBM held beside arguments and results: 0 for a fused kernel.
       argument_bytes: of the arguments.
       output_bytes: of the results.
-      bundles: instruction bundles in the grid loops of the kernels, by operation.
-      cycles: static profile by operation, kernels and XLA's own; None where libtpu has no profile.
-      kernels: what each kernel moves, by operation.
+      kernels: names of the operations that are Pallas kernels.
+      bundles: instruction bundles of each operation by loop depth: once, per grid step, per step of a loop inside.
+      cycles: static profile by operation, kernels and XLA's own; None where libtpu's profiler gives up.
     """
 
     error: str = ""
     temp_bytes: int = 0
     argument_bytes: int = 0
     output_bytes: int = 0
-    bundles: dict[str, int] | None = None
+    kernels: Sequence[str] = ()
+    bundles: dict[str, list[int]] | None = None
     cycles: dict[str, int] | None = None
-    kernels: dict[str, pipeline.Traffic] | None = None
 
 
 def compile_programs(
@@ -114,18 +114,13 @@ def _follow(child: Any, results: Path, count: int, timeout_s: float, memory_mb: 
         alive = child.poll() is None
         lines = [line for line in results.read_text().splitlines(keepends=True) if line.endswith("\n")]
         for line in lines[done:]:
-            yield _read(json.loads(line))
+            yield Compiled(**json.loads(line))
             done, since = done + 1, time.monotonic()
         if not alive and len(lines) == done:
             return
         if time.monotonic() - since > timeout_s or _resident_mb(child.pid) > memory_mb:
             return
         time.sleep(0.05)
-
-
-def _read(record: dict[str, Any]) -> Compiled:
-    kernels = record.pop("kernels", None)
-    return Compiled(**record, kernels=kernels and {name: pipeline.Traffic(**t) for name, t in kernels.items()})
 
 
 def _resident_mb(pid: int) -> float:
@@ -185,11 +180,9 @@ def _compile(program: Program, tpu: Tpu, dump: Path, profile: bool) -> dict[str,
         "temp_bytes": memory.temp_size_in_bytes,
         "argument_bytes": memory.argument_size_in_bytes,
         "output_bytes": memory.output_size_in_bytes,
+        "kernels": schedule.kernel_names(compiled.as_text()),
         "bundles": schedule.scheduled_bundles(dump),
         "cycles": schedule.profile_cycles(dump) if profile else None,
-        "kernels": {
-            name: asdict(traffic) for name, traffic in pipeline.kernel_traffic(traced.jaxpr, compiled.as_text()).items()
-        },
     }
 
 

@@ -1,13 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """The programs that are compared: ours, what XLA makes of the same product, and dense bfloat16."""
 
-import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from awq_jax_kernels.int4_matmul import pallas_tpu, reference, xla
+from awq_jax_kernels.int4_matmul import reference, tpu_kernel, xla
 from awq_jax_kernels.int4_matmul.config import BlockConfig
 
 __all__ = ["dense", "dequantize_then_dot", "grouped", "operands", "ours"]
@@ -22,7 +21,12 @@ def operands(m: int, k: int, n: int, g: int = 128, zeros: bool = True) -> tuple[
 
 def ours(config: dict[str, Any], *, still: bool = False, **shape: Any) -> tuple[Any, Any]:
     """The kernel; `still` for what its core does without copies."""
-    return functools.partial(pallas_tpu.fused, config=BlockConfig(**config), still=still), operands(**shape)
+
+    def product(*arrays: Any) -> Any:
+        stacked = jax.tree.map(lambda leaf: leaf[None], arrays)
+        return tpu_kernel.fused(*stacked, config=BlockConfig(**config), still=still)[0]
+
+    return product, operands(**shape)
 
 
 def grouped(**shape: Any) -> tuple[Any, Any]:

@@ -25,9 +25,10 @@ class BlockConfig:
       variant: how codes become operands. A, B and D multiply the codes and scale the partial sums of each group; E
         and F scale the weights to bfloat16 first, E in bfloat16 arithmetic and F in float32. See `unpack`.
       bm: rows of x in a block; all of them where m is smaller.
-      bn: columns of the weight in a block, a multiple of 128.
-      bk: rows of the weight in a block, a multiple of 128 and of the group.
+      bn: columns of the weight in a block, a multiple of 128; the rows are all k.
+      tile: columns that are computed at a time, so that their sums stay in registers.
       chunk: rows that E and F scale at a time, a multiple of 128.
+      buffers: blocks of the weight in VMEM; all but one are on their way while one is computed.
       cores: 2 splits the columns over the cores of a megacore.
       vmem_mib: what the compiler may use.
       interpret: run the kernel's Python on any platform. True, or a `pltpu.InterpretParams`.
@@ -36,8 +37,9 @@ class BlockConfig:
     variant: Variant = "B"
     bm: int = 256
     bn: int = 128
-    bk: int = 1024
-    chunk: int = 256
+    tile: int = 128
+    chunk: int = 128
+    buffers: int = 3
     cores: int = 1
     vmem_mib: int = 14
     interpret: Any = False
@@ -72,26 +74,23 @@ def derive(m: int, k: int, n: int, g: int, *, tpu: Tpu | None, exact: bool) -> B
         else:
             variant = "F" if wide else "A"
     cores = 2 if tpu is not None and tpu.megacore and n % 256 == 0 else 1
-    config = BlockConfig(variant, cores=cores, vmem_mib=14 if tpu is None else tpu.vmem_mib * 7 // 8)
-    unit = max(g, 128)
-    rows = [bk for bk in range(unit, k + 1, unit) if k % bk == 0] or [k]
-    for bk in reversed(rows):
+    chunk = 256 if k % 256 == 0 and g < k else 128
+    base = BlockConfig(variant, chunk=chunk, cores=cores, vmem_mib=14 if tpu is None else tpu.vmem_mib * 7 // 8)
+    for bm in (512, 256, 128, 64, 32, 16):
         for bn in (1024, 512, 256, 128):
-            if n % (bn * cores) or bk * bn > (1 << 22):
-                continue
-            for bm in (512, 256, 128, 64, 32, 16):
-                sized = dataclasses.replace(config, bm=bm, bn=bn, bk=bk)
-                if bm // 2 < m and vmem_bytes(sized, m, k, g) < config.vmem_mib << 20:
-                    return sized
-    return dataclasses.replace(config, bm=16, bn=128, bk=rows[0], cores=1)
+            config = dataclasses.replace(base, bm=bm, bn=bn, tile=min(bn, 256))
+            small = bn == 128 or k * bn <= 1 << 22
+            if n % (bn * cores) == 0 and small and vmem_bytes(config, m, k, n, g) <= config.vmem_mib << 20:
+                return config
+    return dataclasses.replace(base, bm=16, buffers=2)
 
 
-def vmem_bytes(config: BlockConfig, m: int, k: int, g: int) -> int:
-    """About what a config holds in VMEM: double-buffered blocks, accumulator, scratch, and values in flight."""
+def vmem_bytes(config: BlockConfig, m: int, k: int, n: int, g: int) -> int:
+    """About what a config holds in VMEM: x and y twice, the ring, what is made of x, and values in flight."""
     bm = -(-min(config.bm, m) // 16) * 16
-    blocks = bm * k * 2 + config.bk // 2 * config.bn + k // g * config.bn * 3 + bm * config.bn * 4
-    scratch = bm * config.bn * 8 + k // g * config.bn * 8 + (bm * k * 2 if config.variant == "A" else 0)
-    return 2 * blocks + scratch + config.chunk * config.bn * 4 + k // config.bk * bm * 128 * 6
+    held = 2 * bm * (k + n // config.cores) * 2 + config.buffers * config.bn * (k // 2 + 3 * k // g)
+    of_x = (bm * k * 2 if config.variant == "A" else 0) + 3 * bm * k // g * 2
+    return held + of_x + config.tile * (config.chunk * 8 + k // g * 12) + bm * config.tile * 16 + (bm * k * 4)
 
 
 def here() -> Tpu | None:

@@ -44,14 +44,14 @@ def unpack_d(packed: Int8[Array, "k2 n"]) -> Float[Array, "k n"]:
     return pltpu.bitcast(packed, jnp.int4).astype(jnp.float8_e4m3fn)
 
 
-def split(value: Float32[Array, "*shape"], parts: int) -> list[BFloat16[Array, "*shape"]]:
-    """Bfloat16 terms of eight significant bits each that add up to a float32; three are exact.
+def split(value: Float32[Array, "*shape"], terms: int) -> list[Float32[Array, "*shape"]]:
+    """Terms of eight significant bits each, exact in bfloat16, that add up to a float32; three are all of it.
 
     The bits are cut, not rounded, so that no conversion back is needed to find what is left.
     """
-    terms = []
-    for _ in range(parts):
+    heads = []
+    for _ in range(terms):
         head = jax.lax.bitcast_convert_type(jax.lax.bitcast_convert_type(value, jnp.int32) & -65536, jnp.float32)
-        terms.append(head.astype(jnp.bfloat16))
+        heads.append(head)
         value = value - head
-    return terms
+    return heads

@@ -1,0 +1,119 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How long a product takes on a TPU that is not here: the compiler's schedule against the bytes that must move.
+
+For the kernel, whose copies and core overlap::
+
+    fill  = 2 latency + (block of x + first block of the weight) / BW
+    drain = latency + block of y / BW
+    t     = fill + max(core, rest of the weight / BW + core / steps, flops / peak) + drain
+
+`core` comes from the same program without its weight copies: libtpu's static profile plays the scheduled instructions,
+with the matrix unit's stalls. Where that profiler gives up (v4, and v7x's kernels), it is the scheduled bundles of the
+loop times its steps, a lower bound. BW is the data sheet's rate, of which a chip reaches about 92 percent; the bound
+that speed-ups are compared with uses the same rate. `latency` is libtpu's own 600 cycles. With two buffers instead of
+three, no copy is under way while the next one starts, and each step waits for a latency.
+
+For XLA's programs ``t = max(cycles, bytes / BW, flops / peak)``, each operand counted once and temporaries twice.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+from awq_jax_kernels.aot.tpu import Compiled
+from awq_jax_kernels.chips import TPUS, Tpu
+from awq_jax_kernels.int4_matmul.config import BlockConfig
+
+__all__ = ["Cost", "bf16_bound_us", "kernel_cost", "xla_cost"]
+
+_LATENCY_CYCLES = 600
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Microseconds of one product, and what they are made of.
+
+    Attributes:
+      us: the whole.
+      core_us: of the core's own work; for XLA's programs with their copies.
+      hbm_us: bytes over the rate.
+      fill_us: what nothing hides, first and last blocks.
+      temp_bytes: HBM beside operands and results.
+      source: "cycles" (profile) or "bundles" (schedule).
+    """
+
+    us: float
+    core_us: float
+    hbm_us: float
+    fill_us: float
+    temp_bytes: int
+    source: str
+
+
+def bf16_bound_us(generation: str, m: int, k: int, n: int) -> float:
+    """The least a bfloat16 product can take: ``max(bytes / BW, flops / peak)``.
+
+    >>> round(bf16_bound_us("v6e", 16, 4096, 14336), 1)
+    72.0
+    """
+    tpu = TPUS[generation]
+    return max(2 * (m * k + k * n + m * n) / tpu.hbm_gb_s, _flops_ns(tpu, m, k, n)) / 1e3
+
+
+def _flops_ns(tpu: Tpu, m: int, k: int, n: int) -> float:
+    return 2 * m * k * n / tpu.bf16_tflop_s / 1e3
+
+
+def kernel_cost(
+    generation: str, config: BlockConfig, still: Compiled, m: int, k: int, n: int, g: int, *, zeros: bool
+) -> Cost:
+    """The model of the module's docstring.
+
+    Args:
+      generation: key of `TPUS`.
+      config: of the kernel.
+      still: the compiled program without weight copies.
+      m, k, n, g: the product's sizes.
+      zeros: the weight has zero points.
+    """
+    tpu = TPUS[generation]
+    cores = min(config.cores, tpu.cores)
+    bm = -(-min(config.bm, m) // 16) * 16
+    row_blocks, steps = -(-m // bm), n // config.bn // cores
+    core, source = _core_ns(tpu, still, steps * row_blocks)
+    column = k / 2 + k // g * (3 if zeros else 2)
+    weight, first, x, y = column * n * row_blocks, column * config.bn * cores, bm * k * 2, bm * n * 2
+    latency = _LATENCY_CYCLES / tpu.clock_ghz
+    fill = 2 * latency + (x + first) / tpu.hbm_gb_s
+    drain = latency + y / tpu.hbm_gb_s
+    rest = (weight - first + (row_blocks - 1) * (x + y)) / tpu.hbm_gb_s
+    last = core / (steps * row_blocks)
+    waits = 0 if config.buffers > 2 else latency * (steps * row_blocks - 1)
+    total = fill + max(core, rest + waits + last, _flops_ns(tpu, m, k, n)) + drain
+    hbm = (weight + row_blocks * (x + y)) / tpu.hbm_gb_s
+    return Cost(total / 1e3, core / 1e3, hbm / 1e3, (fill + drain) / 1e3, still.temp_bytes, source)
+
+
+def _core_ns(tpu: Tpu, compiled: Compiled, steps: int) -> tuple[float, str]:
+    name = compiled.kernels[0]
+    if compiled.cycles and name in compiled.cycles:
+        return compiled.cycles[name] / tpu.clock_ghz, "cycles"
+    *outer, inner = (compiled.bundles or {})[name]
+    return (sum(outer) + inner * steps) / tpu.clock_ghz, "bundles"
+
+
+def xla_cost(generation: str, compiled: Compiled, m: int, k: int, n: int) -> Cost | None:
+    """The model for a program without kernels; None without a profile."""
+    tpu = TPUS[generation]
+    if not compiled.cycles:
+        return None
+    core = sum(compiled.cycles.values()) / tpu.clock_ghz
+    hbm = (compiled.argument_bytes + compiled.output_bytes + 2 * compiled.temp_bytes) / tpu.hbm_gb_s
+    total = max(core, hbm, _flops_ns(tpu, m, k, n))
+    return Cost(total / 1e3, core / 1e3, hbm / 1e3, 0.0, compiled.temp_bytes, "cycles")
+
+
+def program(name: str, **arguments: Any) -> Any:
+    """One of `awq_jax_kernels.bench.programs` by name."""
+    from awq_jax_kernels.aot.program import Program
+
+    return Program(f"awq_jax_kernels.bench.programs:{name}", arguments)

@@ -1,0 +1,236 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The Mosaic kernel behind `pallas_tpu`.
+
+A program instance holds a block of x in VMEM and walks over the columns of the weight. Blocks of whole columns, codes
+with their scales and zero points, come through a ring of buffers that the kernel fills itself: with three or more of
+them a copy is always under way, which the two of a Pallas grid can't promise, and x is made ready while the first block
+travels.
+
+A, B and D multiply the codes as they are and scale each group's partial sum. What zero points and the offset of the
+codes add is one thin product per block, ``sums of x over groups @ ((zero + offset) * scale)``. E and F scale a chunk of
+the weight to bfloat16 and multiply that.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+from jaxtyping import Array, BFloat16, Float, Int8
+
+from awq_jax_kernels.int4_matmul.config import BlockConfig
+from awq_jax_kernels.int4_matmul.unpack import OFFSET, ROWS, permutation, split, unpack_a, unpack_b, unpack_d
+
+__all__ = ["fused"]
+
+
+def fused(
+    x: BFloat16[Array, "b m k"],
+    packed: Int8[Array, "b k2 n"],
+    scale: Float[Array, "b groups n"],
+    zero: Int8[Array, "b groups n"] | None,
+    *,
+    config: BlockConfig,
+    out_dtype: str | None = None,
+    still: bool = False,
+) -> Float[Array, "b m n"]:
+    """``y[b] = x[b] @ ((q[b] - zero[b]) * scale[b])``.
+
+    Args:
+      x: bfloat16 ``[b, m, k]``.
+      packed: int8 ``[b, k/2, n]``.
+      scale: bfloat16 or float32 ``[b, k/g, n]``.
+      zero: int8 ``[b, k/g, n]`` or None.
+      config: block sizes, already checked.
+      out_dtype: of the result; None is bfloat16. "float32" also keeps the zero points' share exact to 24 bits.
+      still: copy no weights. The result is then meaningless, and the program costs what the core's own work does.
+
+    Returns:
+      ``[b, m, n]``.
+    """
+    (b, m, k), n = x.shape, packed.shape[2]
+    groups, bm = scale.shape[1], -(-min(config.bm, m) // 16) * 16
+    weights = (packed, scale) if zero is None else (packed, scale, zero)
+    order = 3 if out_dtype else 2  # terms of eight bits in the zero points' share
+    scratch = _scratch(config, bm, k, groups, order, symmetric=zero is None)
+    dtype = jnp.dtype(out_dtype or x.dtype)
+    rings = [pltpu.VMEM((config.buffers, w.shape[1], config.bn), w.dtype) for w in weights]
+    return pl.pallas_call(
+        functools.partial(_kernel, config=config, names=tuple(scratch), order=order, still=still),
+        grid=(config.cores, b, pl.cdiv(m, bm)),
+        in_specs=[
+            pl.BlockSpec((None, bm, k), lambda core, e, i: (e, i, 0)),
+            [pl.BlockSpec(memory_space=pl.ANY) for _ in weights],
+        ],
+        out_specs=pl.BlockSpec((None, bm, n // config.cores), lambda core, e, i: (e, i, core)),
+        out_shape=_like((b, m, n), dtype, x, *weights),
+        scratch_shapes=[rings, pltpu.SemaphoreType.DMA((config.buffers, len(weights))), list(scratch.values())],
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel" if config.cores > 1 else "arbitrary", "arbitrary", "arbitrary"),
+            vmem_limit_bytes=config.vmem_mib << 20,
+        ),
+        interpret=pltpu.InterpretParams() if config.interpret is True else config.interpret,
+        name="int4_matmul",
+    )(x, list(weights))
+
+
+def _like(shape: tuple[int, ...], dtype: Any, *operands: Any) -> jax.ShapeDtypeStruct:
+    """A result that varies over the mesh axes that any operand varies over, as `jax.shard_map` wants to know."""
+    varying = frozenset().union(*(getattr(jax.typeof(o), "vma", frozenset()) for o in operands))
+    return jax.ShapeDtypeStruct(shape, dtype, vma=varying) if varying else jax.ShapeDtypeStruct(shape, dtype)
+
+
+def _scratch(config: BlockConfig, bm: int, k: int, groups: int, order: int, *, symmetric: bool) -> dict[str, Any]:
+    """What a variant makes of x and keeps."""
+    kept = {}
+    if config.variant == "A":
+        kept["permuted"] = pltpu.VMEM((k // ROWS, bm, ROWS), jnp.bfloat16)
+    if config.variant == "A" or (config.variant in "BD" and not symmetric):
+        sections = pl.cdiv(groups, ROWS)
+        kept["group_sums"] = pltpu.VMEM((sections, bm, len(_pairs(order)) * min(groups, ROWS)), jnp.bfloat16)
+    return kept
+
+
+def _kernel(
+    x_ref: Any,
+    weights: Any,
+    out_ref: Any,
+    rings: Any,
+    arrived: Any,
+    scratch: Any,
+    *,
+    config: BlockConfig,
+    names: tuple[str, ...],
+    order: int,
+    still: bool,
+) -> None:
+    kept = dict(zip(names, scratch, strict=True))
+    groups, bn = weights[1].shape[1], config.bn
+    columns = out_ref.shape[1] // bn
+    g = x_ref.shape[1] // groups
+
+    def copies(i: Any) -> list[Any]:
+        slot = jax.lax.rem(i, jnp.int32(config.buffers))
+        place = pl.ds(pl.multiple_of((pl.program_id(0) * columns + i) * bn, bn), bn)
+        return [
+            pltpu.make_async_copy(w.at[pl.program_id(1), :, place], ring.at[slot], arrived.at[slot, t])
+            for t, (w, ring) in enumerate(zip(weights, rings, strict=True))
+        ]
+
+    def each_copy(i: Any, do: Callable[[Any], None]) -> None:
+        for copy in [] if still else copies(i):
+            do(copy)
+
+    for i in range(min(config.buffers - 1, columns)):
+        each_copy(jnp.int32(i), lambda copy: copy.start())
+    if kept:
+        _prepare_x(x_ref, kept, g, order)
+
+    @pl.loop(0, columns)
+    def _(i: Any) -> None:
+        ahead = i + (config.buffers - 1)
+        pl.when(ahead < columns)(lambda: each_copy(ahead, lambda copy: copy.start()))
+        each_copy(i, lambda copy: copy.wait())
+        block = [ring.at[jax.lax.rem(i, jnp.int32(config.buffers))] for ring in rings]
+        for start in range(0, bn, config.tile):
+            y = _tile(x_ref, block, pl.ds(start, config.tile), kept, g=g, config=config, order=order)
+            out_ref[:, pl.ds(pl.multiple_of(i * bn + start, 128), config.tile)] = y.astype(out_ref.dtype)
+
+
+def _dot(a: Any, b: Any) -> Any:
+    return jax.lax.dot_general(a, b, (((1,), (0,)), ((), ())), preferred_element_type=jnp.float32)
+
+
+def _pairs(order: int) -> list[tuple[int, int]]:
+    """Which terms of two split numbers to multiply for a product that is right to eight bits times `order`."""
+    return [(i, j) for i in range(order) for j in range(order - i)]
+
+
+def _prepare_x(x_ref: Any, kept: dict[str, Any], g: int, order: int) -> None:
+    """Permute x for A, and add it up over groups, 128 groups at a time.
+
+    Both are products of tiles of 128 columns of x, laid one below the other, with a matrix that stays where it is:
+    the permutation, and for the sums one that marks the rows of each group.
+    """
+    bm, k = x_ref.shape
+    for section, begin in enumerate(range(0, k, ROWS * g)):
+        tiles = range(begin // ROWS, min(k, begin + ROWS * g) // ROWS)
+        x = jnp.concatenate([x_ref[:, i * ROWS : (i + 1) * ROWS] for i in tiles], axis=0)
+        if "permuted" in kept:
+            permuted = _dot(x, permutation())
+            for i, tile in enumerate(tiles):
+                kept["permuted"][tile] = permuted[i * bm : (i + 1) * bm].astype(jnp.bfloat16)
+        if "group_sums" in kept:
+            terms, width = split(_group_sums(x, bm, g), order), len(tiles) * ROWS // g
+            for at, (i, _) in enumerate(_pairs(order)):
+                lanes = slice(at * width, (at + 1) * width)
+                kept["group_sums"][section, :, lanes] = terms[i][:, :width].astype(jnp.bfloat16)
+
+
+def _group_sums(x: Any, bm: int, g: int) -> Any:
+    """``[bm, 128]``: lane j is the sum over group j, of tiles of x ``[tiles * bm, 128]``."""
+    share = max(1, ROWS // g)  # groups in a tile
+    lane = jax.lax.broadcasted_iota(jnp.int32, (ROWS, ROWS), 1) & (share - 1)
+    row = jax.lax.broadcasted_iota(jnp.int32, (ROWS, ROWS), 0) >> (ROWS // share).bit_length() - 1
+    sums = _dot(x, jnp.where(row == lane, 1.0, 0.0).astype(jnp.bfloat16))  # lane j: group j % share of its tile
+    place = jax.lax.broadcasted_iota(jnp.int32, (bm, ROWS), 1) >> share.bit_length() - 1
+    mine = lambda i: jnp.where(place == i * ROWS // max(g, ROWS), sums[i * bm : (i + 1) * bm], 0.0)
+    return functools.reduce(jnp.add, [mine(i) for i in range(x.shape[0] // bm)])
+
+
+def _tile(x_ref: Any, block: Any, columns: Any, kept: Any, *, g: int, config: BlockConfig, order: int) -> Any:
+    """The result for a few columns of a block, ``[bm, tile]`` in float32."""
+    packed_ref, scale_ref, *zero_ref = block
+    scale = scale_ref[:, columns].astype(jnp.float32)
+    # An integer stands for all groups of a symmetric weight.
+    shift: Any = OFFSET[config.variant] + 8
+    if zero_ref:
+        shift = zero_ref[0][:, columns].astype(jnp.float32) + OFFSET[config.variant]
+    if config.variant in "EF":
+        return _scaled_weights(x_ref, packed_ref, columns, scale, shift, g=g, config=config)
+    y = _scaled_sums(x_ref, packed_ref, columns, scale, kept, g=g, config=config)
+    return y - _zero_points(kept["group_sums"], shift * scale, order) if "group_sums" in kept else y
+
+
+def _scaled_sums(x_ref: Any, packed_ref: Any, columns: Any, scale: Any, kept: Any, *, g: int, config: Any) -> Any:
+    """A, B and D: multiply codes, scale the partial sum of each group."""
+    unpack = {"A": unpack_a, "B": unpack_b, "D": unpack_d}[config.variant]
+    size = min(g, ROWS)
+    total = jnp.zeros((x_ref.shape[0], scale.shape[1]), jnp.float32)
+    for start in range(0, x_ref.shape[1], size):
+        x = kept["permuted"][start // ROWS] if "permuted" in kept else x_ref[:, start : start + size]
+        codes = unpack(packed_ref[start // 2 : (start + size) // 2, columns])
+        total += _dot(x, codes) * scale[start // g : start // g + 1]
+    return total
+
+
+def _zero_points(sums_ref: Any, shifts: Any, order: int) -> Any:
+    """``sums @ shifts``, both as bfloat16 terms: the depth of the product holds the pairs of terms that matter."""
+    total = 0.0
+    for section, start in enumerate(range(0, shifts.shape[0], ROWS)):
+        terms = split(shifts[start : start + ROWS], order)
+        stacked = jnp.concatenate([terms[j] for _, j in _pairs(order)], axis=0).astype(jnp.bfloat16)
+        total += _dot(sums_ref[section][:, : stacked.shape[0]], stacked)
+    return total
+
+
+def _scaled_weights(
+    x_ref: Any, packed_ref: Any, columns: Any, scale: Any, shift: Any, *, g: int, config: BlockConfig
+) -> Any:
+    """E and F: a chunk of the weight in bfloat16, never more, then one product."""
+    dtype = jnp.bfloat16 if config.variant == "E" else jnp.float32
+    size = min(g, ROWS)
+    total = jnp.zeros((x_ref.shape[0], scale.shape[1]), jnp.float32)
+    spread = lambda v, group: jnp.broadcast_to(v[group : group + 1], (size, v.shape[1])).astype(dtype)
+    for chunk in range(0, x_ref.shape[1], config.chunk):
+        weights = []
+        for start in range(chunk, chunk + config.chunk, size):
+            codes = pltpu.bitcast(packed_ref[start // 2 : (start + size) // 2, columns], jnp.int4).astype(dtype)
+            if not isinstance(shift, int):
+                codes = codes - spread(shift, start // g)
+            weights.append((codes * spread(scale, start // g)).astype(jnp.bfloat16))
+        total += _dot(x_ref[:, chunk : chunk + config.chunk], jnp.concatenate(weights, axis=0))
+    return total
