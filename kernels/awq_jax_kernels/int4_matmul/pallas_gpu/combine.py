@@ -1,113 +1,156 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Adding up the partial results of warpgroups and blocks that split the contraction, and writing them out.
+"""Adding up the results of warpgroups and blocks that split the contraction, and writing them out.
 
-Every warpgroup leaves its float32 partial in the shared memory of its block, ``[token, channel]``. After one barrier
-each block of the cluster sums a share of the tile over all parts, its own and (through distributed shared memory)
-those of its peers, rounds once and writes rows of y. So a split costs no workspace in device memory, no zeroed
-counter and no second launch.
+All of them hold the same tile, ``[128, tokens]`` in float32, four channels of one token to a vector. Each owns a share
+of the vectors. It sends the others theirs, into shared memory of its own block or (distributed shared memory) of a
+peer in the cluster; after one barrier it adds what it was sent and writes its share of y, 32 contiguous bytes for
+four lanes. A split costs one barrier: no workspace in device memory, no counter to clear, no second launch.
 """
 
-import jax.numpy as jnp
+import dataclasses
+
 from jax.experimental.mosaic import gpu as mgpu
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, gpu, llvm, vector
 
-from awq_jax_kernels.int4_matmul.pallas_gpu.fragment import CHANNELS, const, lane_channel
+from awq_jax_kernels.int4_matmul.pallas_gpu.fragment import lane_channel
+from awq_jax_kernels.int4_matmul.pallas_gpu.registers import asm, const
 
-__all__ = ["PAD", "store_partial", "sum_parts", "synchronize"]
+__all__ = ["Sharing", "mail_shape", "send", "synchronize", "write"]
 
-PAD = 4  # floats after each row: the rows that one store touches then start 8 banks apart
+VECTORS = 128 * 16  # bytes of one vector of every thread of a warpgroup
 
 
-def _asm(text: str, constraints: str, *operands: ir.Value, result: ir.Type | None = None) -> ir.Value | None:
-    kind = ir.Type.parse("!llvm.void") if result is None else result
-    return llvm.inline_asm(kind, list(operands), text, constraints, has_side_effects=True)
+@dataclasses.dataclass(frozen=True)
+class Sharing:
+    """Who shares a tile: `deep` warpgroups in each of `split` blocks, `wide` tiles to a block."""
+
+    tokens: int
+    wide: int
+    deep: int
+    split: int
+
+    @property
+    def holders(self) -> int:
+        """Warpgroups that hold a part of the same tile."""
+        return self.deep * self.split
+
+    @property
+    def share(self) -> int:
+        """Vectors of a thread that one holder owns, at most."""
+        return -(-self.tokens // (4 * self.holders))
+
+    def owned(self, holder: int) -> list[tuple[int, int]]:
+        """The vectors of one holder: (block of eight tokens, even or odd)."""
+        vectors = [(block, e) for block in range(self.tokens // 8) for e in range(2)]
+        return vectors[holder * self.share : (holder + 1) * self.share]
+
+
+def mail_shape(sharing: Sharing) -> tuple[int, int]:
+    """Shared floats for what a block's warpgroups are sent: a row for each owner, sender and vector."""
+    rows = sharing.deep * sharing.wide * (sharing.holders - 1) * sharing.share
+    return (max(1, rows), VECTORS // 4)
 
 
 def synchronize(threads: int, cluster: int) -> None:
-    """Wait for all threads of the block that compute, or for all threads of the cluster."""
+    """Wait for all threads of the block that multiply, or for all threads of the cluster."""
     if cluster == 1:
-        _asm(f"bar.sync 15, {threads};", "")
+        asm(f"bar.sync 15, {threads};", "")
     else:
-        _asm("barrier.cluster.arrive.release.aligned;\n barrier.cluster.wait.acquire.aligned;", "")
+        asm("barrier.cluster.arrive.release.aligned;\n barrier.cluster.wait.acquire.aligned;", "")
 
 
-def store_partial(total: mgpu.FragmentedArray, parts: ir.Value, first: int, count: int) -> None:
-    """Write tokens ``first .. first + count`` of a warpgroup's float32 ``[128, m]`` to shared ``[count, 128 (+ …)]``.
-
-    `parts` starts at the warpgroup's own channels; its row pitch is that of the whole tile.
-    """
-    (pitch, _), _ = ir.MemRefType(parts.type).get_strides_and_offset()
-    column = arith.remui(mgpu.thread_idx(), const(4))
-    at = arith.addi(arith.muli(arith.shli(column, const(1)), const(pitch)), lane_channel())
-    base = mgpu.utils.getelementptr(mgpu.utils.memref_ptr(parts), [at], ir.F32Type.get())
-    four = ir.VectorType.get((4,), ir.F32Type.get())
-    for block in range(first // 8, (first + count) // 8):
-        for e in range(2):
-            values = [
-                llvm.extractelement(total.registers[tile, block, 0, 0, half, 0, 0, 0, 0], const(e))
-                for tile in range(2)
-                for half in range(2)
-            ]
-            offset = 4 * pitch * (8 * block - first + e)
-            to = mgpu.utils.getelementptr(base, [offset], ir.IntegerType.get_signless(8))
-            llvm.store(vector.from_elements(four, values), to, alignment=16)
+def _vector(total: mgpu.FragmentedArray, block: int, e: int) -> ir.Value:
+    """Four channels of token ``8 block + 2 c + e``."""
+    index = (block, 0, 0)
+    values = [
+        llvm.extractelement(total.registers[(tile, *index, half, 0, 0, 0, 0)], const(e))
+        for tile in range(2)
+        for half in range(2)
+    ]
+    return vector.from_elements(ir.VectorType.get((4,), ir.F32Type.get()), values)
 
 
-def sum_parts(
-    parts: ir.Value, y: ir.Value, token: ir.Value, channel: ir.Value, *, tokens: int, threads: int, cluster: int
-) -> None:
-    """Sum shared float32 ``[parts, tokens, channels]`` over parts and the cluster's blocks into rows of y.
+def _holder(sharing: Sharing, turn: ir.Value) -> ir.Value:
+    if sharing.split == 1:
+        return turn
+    rank = arith.index_cast(ir.IntegerType.get_signless(32), gpu.cluster_block_id(gpu.Dimension.x))
+    return arith.addi(arith.muli(rank, const(sharing.deep)), turn)
+
+
+def _mailbox(sharing: Sharing, mail: ir.Value, owner: int, sender: ir.Value, place: ir.Value) -> ir.Value:
+    """32-bit shared address of this thread's first vector from a sender to an owner, within the owner's block."""
+    others = sharing.holders - 1
+    after = arith.cmpi(arith.CmpIPredicate.ugt, sender, const(owner))
+    row = arith.select(after, arith.subi(sender, const(1)), sender)  # nobody writes to itself
+    box = arith.addi(const(owner % sharing.deep * sharing.wide), place)
+    row = arith.addi(arith.muli(box, const(others)), row)
+    thread = arith.shli(arith.remui(mgpu.thread_idx(), const(128)), const(4))
+    base = llvm.ptrtoint(ir.IntegerType.get_signless(32), mgpu.utils.memref_ptr(mail))
+    return arith.addi(base, arith.addi(arith.muli(row, const(sharing.share * VECTORS)), thread))
+
+
+def send(sharing: Sharing, total: mgpu.FragmentedArray, mail: ir.Value, turn: ir.Value, place: ir.Value) -> None:
+    """Send every other holder its vectors of this warpgroup's tile; `place` is the tile's number in the block."""
+    me, i32 = _holder(sharing, turn), ir.IntegerType.get_signless(32)
+    for owner in range(sharing.holders):
+        with mgpu.when(arith.cmpi(arith.CmpIPredicate.ne, me, const(owner))):
+            to, space = _mailbox(sharing, mail, owner, me, place), "shared::cta"
+            if sharing.split > 1:
+                rank = const(owner // sharing.deep)
+                to, space = (
+                    asm("mapa.shared::cluster.u32 $0, $1, $2;", "=r,r,r", to, rank, result=i32),
+                    "shared::cluster",
+                )
+            for i, (block, e) in enumerate(sharing.owned(owner)):
+                values = _vector(total, block, e)
+                parts = [llvm.extractelement(values, const(j)) for j in range(4)]
+                text = f"st.{space}.v4.f32 [$0+{i * VECTORS}], {{$1, $2, $3, $4}};"
+                asm(text, "r,f,f,f,f", to, *parts)
+
+
+def write(
+    sharing: Sharing, total: mgpu.FragmentedArray, mail: ir.Value, y: ir.Value, turn: ir.Value, place: ir.Value,
+    token: ir.Value, channel: ir.Value,
+) -> None:  # fmt: skip
+    """Add what was sent to the vectors that this warpgroup owns, round once, and write them to y.
 
     Args:
-      parts: the block's partial results; the other blocks' lie at the same address.
-      y: device memory, ``[m, n]``.
+      sharing: who holds parts of the tile.
+      total: this warpgroup's part.
+      mail: shared memory, `mail_shape`.
+      y: device memory, ``[m, n]``; tokens past m are not written.
+      turn, place: which of the block's warpgroups this is.
       token, channel: of y, where the tile begins.
-      tokens: rows of the tile; those past m are not written.
-      threads: that call this, per block.
-      cluster: blocks that split the contraction.
     """
-    count, _, width = ir.MemRefType(parts.type).shape
-    channels = width - PAD
-    m, n = ir.MemRefType(y.type).shape
-    i32 = ir.IntegerType.get_signless(32)
-    bases = [mgpu.utils.memref_ptr(parts)]
-    rank = const(0)
-    if cluster > 1:
-        rank = arith.index_cast(i32, gpu.cluster_block_id(gpu.Dimension.x))
-        own = llvm.ptrtoint(i32, bases[0])
-        bases = [_asm("mapa.shared::cluster.u32 $0, $1, $2;", "=r,r,r", own, const(r), result=i32) for r in range(cluster)]
-    thread = arith.addi(mgpu.thread_idx(), arith.muli(rank, const(threads)))
-    for i in range(-(-tokens * channels // (4 * threads * cluster))):
-        unit = arith.addi(thread, const(i * threads * cluster))
-        row = arith.divui(unit, const(channels // 4))
-        column = arith.shli(arith.remui(unit, const(channels // 4)), const(2))
-        to_row = arith.addi(row, token)
-        inside = arith.andi(
-            arith.cmpi(arith.CmpIPredicate.slt, row, const(tokens)),
-            arith.cmpi(arith.CmpIPredicate.slt, to_row, const(m)),
-        )
-        with mgpu.when(inside):
-            offset = arith.addi(arith.muli(row, const(width)), column)
-            values = None
-            for base in bases:
-                for part in range(count):
-                    where = arith.addi(offset, const(part * tokens * width))
-                    loaded = _load4(base, where, cluster > 1)
-                    values = loaded if values is None else arith.addf(values, loaded)
-            element = ir.MemRefType(y.type).element_type
-            rounded = arith.truncf(ir.VectorType.get((4,), element), values)
-            at = arith.addi(arith.muli(to_row, const(n)), arith.addi(column, channel))
-            llvm.store(rounded, mgpu.utils.getelementptr(mgpu.utils.memref_ptr(y), [at], element), alignment=8)
-
-
-def _load4(base: ir.Value, offset: ir.Value, remote: bool) -> ir.Value:
-    """Four floats from this block's shared memory, or from any block's of the cluster."""
-    f32 = ir.F32Type.get()
+    me, f32 = _holder(sharing, turn), ir.F32Type.get()
     four = ir.VectorType.get((4,), f32)
-    if not remote:
-        return llvm.load(four, mgpu.utils.getelementptr(base, [offset], f32), alignment=16)
-    address = arith.addi(base, arith.shli(offset, const(2)))
-    struct = llvm.StructType.get_literal([f32] * 4)
-    loaded = _asm("ld.shared::cluster.v4.f32 {$0,$1,$2,$3}, [$4];", "=f,=f,=f,=f,r", address, result=struct)
-    return vector.from_elements(four, [llvm.extractvalue(f32, loaded, [i]) for i in range(4)])
+    m, n = ir.MemRefType(y.type).shape
+    element = ir.MemRefType(y.type).element_type
+    rounded = ir.VectorType.get((4,), element)
+    column = arith.shli(arith.remui(mgpu.thread_idx(), const(4)), const(1))
+    first = arith.addi(token, column)
+    out = arith.addi(arith.muli(first, const(n)), arith.addi(channel, lane_channel()))
+    base = mgpu.utils.getelementptr(mgpu.utils.memref_ptr(y), [out], element)
+    literal = llvm.StructType.get_literal([f32] * 4)
+    for owner in range(sharing.holders):
+        owned = sharing.owned(owner)
+        if not owned:
+            continue
+        with mgpu.when(arith.cmpi(arith.CmpIPredicate.eq, me, const(owner))):
+            values = [_vector(total, block, e) for block, e in owned]
+            for sender in range(sharing.holders):
+                if sender == owner:
+                    continue
+                at = _mailbox(sharing, mail, owner, const(sender), place)
+                for i in range(len(owned)):
+                    text = f"ld.shared::cta.v4.f32 {{$0, $1, $2, $3}}, [$4+{i * VECTORS}];"
+                    loaded = asm(text, "=f,=f,=f,=f,r", at, result=literal)
+                    parts = [llvm.extractvalue(f32, loaded, [j]) for j in range(4)]
+                    values[i] = arith.addf(values[i], vector.from_elements(four, parts))
+            for (block, e), value in zip(owned, values, strict=True):
+                row = 8 * block + e
+                inside = arith.cmpi(arith.CmpIPredicate.slt, arith.addi(first, const(row)), const(m))
+                with mgpu.when(inside):
+                    to = mgpu.utils.getelementptr(base, [row * n], element)
+                    llvm.store(arith.truncf(rounded, value), to, alignment=8)

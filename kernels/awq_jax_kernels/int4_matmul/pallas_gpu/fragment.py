@@ -20,34 +20,13 @@ from jax.experimental.mosaic import gpu as mgpu
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm, vector
 
-__all__ = ["CHANNELS", "UNIT", "add_scaled", "const", "dequantize", "lane_channel"]
+from awq_jax_kernels.int4_matmul.pallas_gpu.registers import asm, const, element_pointer, load_words, pure
+
+__all__ = ["CHANNELS", "UNIT", "add_scaled", "dequantize", "lane_channel", "opaque_mask"]
 
 CHANNELS = 128  # output channels of a warpgroup: two 64-row tiles
 UNIT = 64  # contraction steps dequantized at once
 MAGIC = {jnp.dtype(jnp.bfloat16): 0x4300, jnp.dtype(jnp.float16): 0x6400}
-
-
-def const(value: int) -> ir.Value:
-    i32 = ir.IntegerType.get_signless(32)
-    return arith.constant(i32, ir.IntegerAttr.get(i32, value - (1 << 32) if value >= 1 << 31 else value))
-
-
-def _pure(instruction: str, *operands: ir.Value) -> ir.Value:
-    """One PTX instruction on 32-bit registers."""
-    i32 = ir.IntegerType.get_signless(32)
-    slots = ", ".join(f"${i}" for i in range(len(operands) + 1))
-    constraints = ",".join(["=r"] + ["r"] * len(operands))
-    return llvm.inline_asm(i32, list(operands), f"{instruction} {slots};", constraints, has_side_effects=False)
-
-
-def load(pointer: ir.Value, byte: int, words: int) -> list[ir.Value]:
-    """`words` 32-bit words at a constant byte offset from a pointer, in one load."""
-    i32 = ir.IntegerType.get_signless(32)
-    at = mgpu.utils.getelementptr(pointer, [byte], ir.IntegerType.get_signless(8))
-    if words == 1:
-        return [llvm.load(i32, at, alignment=4)]
-    loaded = llvm.load(ir.VectorType.get((words,), i32), at, alignment=4 * words)
-    return [llvm.extractelement(loaded, const(i)) for i in range(words)]
 
 
 def lane_channel() -> ir.Value:
@@ -63,8 +42,8 @@ def lane_channel() -> ir.Value:
     return arith.addi(arith.shli(chunk, const(4)), arith.shli(within, const(2)))
 
 
-def _advance(ref: ir.Value, bytes_: ir.Value) -> ir.Value:
-    return mgpu.utils.getelementptr(mgpu.utils.memref_ptr(ref), [bytes_], ir.IntegerType.get_signless(8))
+def _advance(ref: ir.Value, byte: ir.Value) -> ir.Value:
+    return element_pointer(ref, byte, ir.IntegerType.get_signless(8))
 
 
 def _packed_pairs(ref: ir.Value) -> Any:
@@ -80,10 +59,10 @@ def _packed_pairs(ref: ir.Value) -> Any:
     bases = [_advance(ref, arith.addi(row, offset)) for offset in (near, far)]
     for step in range(UNIT // 16):
         for half, base in enumerate(bases):
-            (word,) = load(base, 1024 * step, 1)
+            (word,) = load_words(base, 1024 * step, 1)
             high = arith.shrui(word, const(4))
             for i in range(4):
-                yield step, half, i, _pure("prmt.b32", word, high, const(0x4400 + 0x1111 * i))
+                yield step, half, i, pure("prmt.b32", word, high, const(0x4400 + 0x1111 * i))
 
 
 def _tiled_pairs(ref: ir.Value) -> Any:
@@ -91,7 +70,7 @@ def _tiled_pairs(ref: ir.Value) -> Any:
     thread = arith.remui(mgpu.thread_idx(), const(128))
     base = _advance(ref, arith.shli(thread, const(4)))
     for quarter in range(UNIT // 32):
-        for j, word in enumerate(load(base, 2048 * quarter, 4)):
+        for j, word in enumerate(load_words(base, 2048 * quarter, 4)):
             step, tile = 2 * quarter + j // 2, j % 2
             for s in range(4):
                 yield step, s // 2, 2 * tile + s % 2, arith.shrui(word, const(4 * s)) if s else word
@@ -109,8 +88,8 @@ def _splat_zeros(ref: ir.Value | None, dtype: Any) -> list[ir.Value]:
     magic = MAGIC[jnp.dtype(dtype)]
     if ref is None:
         return [const((magic + 8) * 0x10001)] * 4
-    (word,) = load(_advance(ref, lane_channel()), 0, 1)
-    return [_pure("prmt.b32", word, const(magic >> 8), const(0x4040 + 0x0101 * i)) for i in range(4)]
+    (word,) = load_words(_advance(ref, lane_channel()), 0, 1)
+    return [pure("prmt.b32", word, const(magic >> 8), const(0x4040 + 0x0101 * i)) for i in range(4)]
 
 
 def _scales(ref: ir.Value) -> list[ir.Value]:
@@ -138,7 +117,7 @@ def opaque_mask() -> ir.Value:
     i32 = ir.IntegerType.get_signless(32)
     text = "{ .reg .u32 size; .reg .pred p; mov.u32 size, %dynamic_smem_size; setp.ne.u32 p, size, 0;"
     text += " selp.b32 $0, 0x000F000F, 0, p; }"
-    return llvm.inline_asm(i32, [], text, "=r", has_side_effects=True)
+    return asm(text, "=r", result=i32)
 
 
 def dequantize(
@@ -162,10 +141,10 @@ def dequantize(
     registers = np.empty(mgpu.WGMMA_LAYOUT.registers_shape((CHANNELS, UNIT)), dtype=object)
     for step, half, i, pair in (_packed_pairs if packed else _tiled_pairs)(codes):
         value = arith.xori(arith.andi(pair, mask), magic)
-        value = _pure(f"sub{flavour}.{name}", value, zeros[16 * step * len(zeros) // UNIT][i])
+        value = pure(f"sub{flavour}.{name}", value, zeros[16 * step * len(zeros) // UNIT][i])
         factors = scales[16 * step * len(scales) // UNIT]
         if factors is not None:
-            value = _pure(f"mul{flavour}.{name}", value, factors[i])
+            value = pure(f"mul{flavour}.{name}", value, factors[i])
         one = vector.broadcast(ir.VectorType.get((1,), value.type), value)
         registers[i // 2, 2 * step + half, 0, 0, i % 2] = vector.bitcast(ir.VectorType.get((2,), element), one)
     return mgpu.FragmentedArray(_registers=registers, _layout=mgpu.WGMMA_LAYOUT, _is_signed=None)
