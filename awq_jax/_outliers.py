@@ -9,6 +9,7 @@ the rows that read it over 32.
 from collections.abc import Mapping
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 
 from awq_jax._fold import fold_scale
@@ -42,5 +43,5 @@ def plant_outliers(
             gain = get(out, producer.path)["scale"]
             t = np.ones(gain.shape, np.float32)
             t[rng.choice(gain.shape[0], size=channels, replace=False)] = 1 / factor
-            out = fold_scale(out, group.group, t)  # pyright: ignore[reportArgumentType]
+            out = fold_scale(out, group.group, jnp.asarray(t))
     return out

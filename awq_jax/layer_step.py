@@ -82,7 +82,7 @@ def _block_loss(
             for (path, _, _), weight in zip(group.quantized, weights, strict=True):
                 changed = put(changed, f"{path}/kernel", weight)
             error = part(config, name, changed[name], x) - target
-            return jnp.sum(jnp.where(mask[..., None], error, 0.0) ** 2) / jnp.maximum(mask.sum(), 1)
+            return jnp.sum(jnp.where(mask[..., None], error, 0.0) ** 2) / jnp.maximum(mask.sum(dtype=jnp.float32), 1.0)
 
         return loss
 
