@@ -46,11 +46,11 @@ class Tpu:
 TPUS = {
     tpu.name: tpu
     for tpu in (
-        Tpu("v4", "tpu v4", "v4:2x2x1", False, 1.050, 614, 137.5, 16, 1, 128, megacore=True),
-        Tpu("v5e", "tpu v5 lite", "v5e:1x1", True, 1.503, 819, 197, 128, 1, 128),
-        Tpu("v5p", "tpu v5", "v5p:2x2x1", False, 1.751, 2765, 459, 64, 2, 128, megacore=True),
-        Tpu("v6e", "tpu v6 lite", "v6e:1x1", True, 1.751, 1640, 918, 128, 1, 256, bf16_vpu=True),
-        Tpu("v7x", "tpu7x", "tpu7x:2x2x1", False, 2.200, 3700, 1155, 64, 1, 256, bf16_vpu=True, fp8_mxu=True),
+        Tpu("v4", "tpu v4", "v4:2x2x1", False, 1.050, 614.0, 137.5, 16, 1, 128, megacore=True),
+        Tpu("v5e", "tpu v5 lite", "v5e:1x1", True, 1.503, 819.0, 197.0, 128, 1, 128),
+        Tpu("v5p", "tpu v5", "v5p:2x2x1", False, 1.751, 2765.0, 459.0, 64, 2, 128, megacore=True),
+        Tpu("v6e", "tpu v6 lite", "v6e:1x1", True, 1.751, 1640.0, 918.0, 128, 1, 256, bf16_vpu=True),
+        Tpu("v7x", "tpu7x", "tpu7x:2x2x1", False, 2.200, 3700.0, 1155.0, 64, 1, 256, bf16_vpu=True, fp8_mxu=True),
     )
 }
 
