@@ -2,8 +2,14 @@
 """How one product is cut into blocks, and which cut is taken when none is given."""
 
 import dataclasses
+import functools
+import importlib.resources
+import json
 
-__all__ = ["BlockConfig"]
+__all__ = ["BlockConfig", "choose", "derive", "tuned_key"]
+
+CHANNELS = 128  # of one warpgroup
+MULTIPROCESSORS = 132  # of an H100 or H200
 
 
 @dataclasses.dataclass(frozen=True)
@@ -15,18 +21,18 @@ class BlockConfig:
       wide: warpgroups side by side, 128 channels each.
       deep: warpgroups that take turns over the steps of the same channels.
       split: blocks of a cluster that share the contraction, 1..8.
-      step: contraction steps fetched at once, a multiple of 64.
+      step: contraction steps fetched at once, a multiple of 128.
       stages: slots of the ring.
       scale_weight: scale the codes (rounded to the dtype of x) and not the float32 results.
-      dependent_launch: start before the kernel in front has drained (needs JAX 0.11).
+      dependent_launch: start before the kernel in front has drained (JAX 0.11 and later).
     """
 
     tokens: int = 16
     wide: int = 1
-    deep: int = 4
+    deep: int = 3
     split: int = 1
     step: int = 128
-    stages: int = 8
+    stages: int = 9
     scale_weight: bool = False
     dependent_launch: bool = False
 
@@ -39,3 +45,67 @@ class BlockConfig:
     def registers(self) -> tuple[int, int]:
         """Registers a thread for the readers and for the fetching warpgroup, of 65536 in all."""
         return {1: (232, 40), 2: (232, 40), 3: (152, 40), 4: (112, 24)}[self.readers]
+
+    def problem(self, k: int, n: int, g: int) -> str | None:
+        """Why these blocks can't cut a ``[k, n]`` weight with groups of g rows, or None."""
+        if not (self.tokens in range(8, 129, 8) and self.readers in (1, 2, 3, 4) and self.split in (1, 2, 4, 8)):
+            return "needs tokens 8..128 in eights, wide * deep 1..4 and split 1, 2, 4 or 8"
+        if self.step % 128 or k % self.step or k // self.step < self.split:
+            return f"step={self.step} must be a multiple of 128 that cuts k={k} into split={self.split} parts or more"
+        if n % (CHANNELS * self.wide):
+            return f"n={n} is not a multiple of {CHANNELS} * wide={self.wide}"
+        if g % self.step and self.step % g:
+            return f"step={self.step} and groups of {g} rows don't divide each other"
+        if g < 64 and not self.scale_weight:
+            return f"groups of {g} rows need scale_weight"
+        if not self.scale_weight and self.tokens * self.readers > 128:
+            return f"tokens={self.tokens} with {self.readers} warpgroups need scale_weight: too many registers"
+        return None
+
+
+def choose(m: int, k: int, n: int, g: int, *, exact: bool, device: str = "") -> BlockConfig:
+    """The tuned config of a device (``jax.Device.device_kind``), or a derived one.
+
+    Args:
+      m, k, n, g: rows of x, rows and columns of the weight, rows of a group.
+      exact: scales may not be rounded to the dtype of x.
+      device: as JAX names it; an unknown one has no tuned table.
+    """
+    tuned = {} if exact or g != 128 else _tuned("h200" if "H200" in device else "h100")
+    return tuned.get(tuned_key(m, k, n)) or derive(m, k, n, g, exact=exact)
+
+
+def derive(m: int, k: int, n: int, g: int, *, exact: bool) -> BlockConfig:
+    """A config from sizes alone, by what was measured on an H100 (docs/kernels-gpu.md).
+
+    Up to 32 tokens three warpgroups hide each other's latency and results are scaled in float32, for free. Beyond, the
+    accumulators fill the registers, so two warpgroups scale the codes. A weight with few channels is split in two over
+    k; splits of four leave processors idle, since clusters of four don't tile a GPC.
+    """
+    tokens = next((t for t in (8, 16, 32, 64) if m <= t), 64 if exact else 128)
+    scale_weight = not exact and (tokens > 32 or g < 64)
+    if tokens <= 32:
+        config = BlockConfig(tokens, scale_weight=scale_weight)
+    elif tokens == 64:
+        config = BlockConfig(tokens, deep=2, stages=7, scale_weight=scale_weight)
+    elif m > 128 and n % 256 == 0:
+        config = BlockConfig(tokens, wide=2, deep=1, stages=4, scale_weight=True)
+    else:
+        config = BlockConfig(tokens, deep=2, stages=5, scale_weight=True)
+    blocks = n // (CHANNELS * config.wide) * -(-m // tokens)
+    split = 2 if 2 * blocks <= MULTIPROCESSORS and k >= 1024 else 1
+    return dataclasses.replace(config, split=split)
+
+
+def tuned_key(m: int, k: int, n: int) -> str:
+    """The row of a tuned table: m rounded up to a power of two from 8, groups of 128 rows."""
+    return f"m{max(8, 1 << (m - 1).bit_length())} k{k} n{n}"
+
+
+@functools.cache
+def _tuned(name: str) -> dict[str, BlockConfig]:
+    """``tuned/nvidia_<name>.json``, or nothing."""
+    file = importlib.resources.files("awq_jax_kernels.int4_matmul") / "tuned" / f"nvidia_{name}.json"
+    if not file.is_file():
+        return {}
+    return {key: BlockConfig(**row) for key, row in json.loads(file.read_text())["configs"].items()}

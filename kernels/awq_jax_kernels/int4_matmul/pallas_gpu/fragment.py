@@ -20,11 +20,11 @@ from jax.experimental.mosaic import gpu as mgpu
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm, vector
 
+from awq_jax_kernels.int4_matmul.pallas_gpu.config import CHANNELS
 from awq_jax_kernels.int4_matmul.pallas_gpu.registers import asm, const, element_pointer, load_words, pure
 
-__all__ = ["CHANNELS", "UNIT", "add_scaled", "dequantize", "lane_channel", "opaque_mask"]
+__all__ = ["UNIT", "add_scaled", "dequantize", "lane_channel", "opaque_mask"]
 
-CHANNELS = 128  # output channels of a warpgroup: two 64-row tiles
 UNIT = 64  # contraction steps dequantized at once
 MAGIC = {jnp.dtype(jnp.bfloat16): 0x4300, jnp.dtype(jnp.float16): 0x6400}
 

@@ -22,8 +22,8 @@ from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith
 
 from awq_jax_kernels.int4_matmul.pallas_gpu import combine, fragment, pipeline
-from awq_jax_kernels.int4_matmul.pallas_gpu.config import BlockConfig
-from awq_jax_kernels.int4_matmul.pallas_gpu.fragment import CHANNELS, UNIT
+from awq_jax_kernels.int4_matmul.pallas_gpu.config import CHANNELS, BlockConfig
+from awq_jax_kernels.int4_matmul.pallas_gpu.fragment import UNIT
 
 __all__ = ["fused"]
 

@@ -1,0 +1,66 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The Hopper kernel on a GPU, held to the contract of `int4_matmul`; skipped where there is none."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from awq_jax_kernels.int4_matmul import pallas_gpu
+from awq_jax_kernels.int4_matmul.pallas_gpu import BlockConfig
+from tests.kernels.cases import ALIGNED, Case
+from tests.kernels.contract import CODES, check, make_problem
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(jax.default_backend() != "gpu", reason="no GPU; AWQ_JAX_TEST_PLATFORM=cuda uses one"),
+]
+
+CUTS = [  # each way of cutting that the tuned tables use, and their combinations
+    BlockConfig(8, split=2),
+    BlockConfig(16, deep=4, stages=8, split=4),
+    BlockConfig(16, wide=2, deep=2, stages=6),
+    BlockConfig(32),
+    BlockConfig(64, deep=2, stages=7, scale_weight=True),
+    BlockConfig(64, wide=2, deep=1, stages=5, split=2, scale_weight=True),
+    BlockConfig(128, deep=2, stages=5, split=2, scale_weight=True),
+    BlockConfig(128, wide=2, deep=1, stages=4, scale_weight=True),
+]
+
+
+def product(x, packed, scale, zero, *, tiles=False, config=None):
+    """The kernel on either order of the bytes."""
+    call = jax.jit(functools.partial(pallas_gpu.int4_matmul, config=config))
+    return call(x, pallas_gpu.prepare(packed) if tiles else packed, scale, zero)
+
+
+@pytest.mark.parametrize("tiles", [False, True])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("case", ALIGNED, ids=str)
+def test_contract(rng, case, dtype, tiles):
+    problem = make_problem(rng, case, dtype=dtype, scale_dtype="bfloat16" if case.g != 32 else dtype)
+    check(functools.partial(product, tiles=tiles), problem)
+
+
+@pytest.mark.parametrize("tiles", [False, True])
+@pytest.mark.parametrize("config", CUTS, ids=lambda c: "-".join(str(v) for v in dataclasses.astuple(c)))
+def test_every_cut(rng, config, tiles):
+    problem = make_problem(rng, Case(72, 1536, 512, 128), scale_dtype="float32")
+    check(functools.partial(product, tiles=tiles, config=config), problem)
+
+
+@pytest.mark.parametrize("zeros", [False, True])
+@pytest.mark.parametrize("codes", CODES)
+def test_extremes(rng, codes, zeros):
+    check(product, make_problem(rng, Case(6, 256, 128, 64), zeros=zeros, codes=codes, scale_dtype="float32"))
+
+
+def test_the_same_answer_every_time(rng):
+    """A race moves from run to run; the order of this kernel's sums is fixed."""
+    p = make_problem(rng, Case(64, 4096, 1024, 128))
+    first = np.asarray(product(*p.operands).astype(jnp.float32))
+    for _ in range(20):
+        np.testing.assert_array_equal(np.asarray(product(*p.operands).astype(jnp.float32)), first)
