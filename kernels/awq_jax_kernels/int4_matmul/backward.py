@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int8
 
+from awq_jax_kernels.int4_matmul.blocks import row_blocks
 from awq_jax_kernels.int4_matmul.reference import dequantize
 
 __all__ = ["frozen", "input_cotangent"]
@@ -23,7 +24,7 @@ def input_cotangent(
 ) -> Float[Array, "m k"]:
     """``dx = dy @ ((q - zero) * scale).T``, a block of k at a time, so that the dense weight never exists whole.
 
-    A block holds whole groups and about a million weights. It is rounded to the dtype of dy, products accumulate in
+    A block holds about a million weights. It is rounded to the dtype of dy, products accumulate in
     float32.
 
     Args:
@@ -35,8 +36,6 @@ def input_cotangent(
     Returns:
       ``[m, k]`` in the dtype of dy.
     """
-    (k2, n), groups = packed.shape, scale.shape[0]
-    blocks = _blocks(groups, 2 * k2 // groups * n)
 
     def cotangent(block: Any) -> Any:
         dense = dequantize(*block).astype(dy.dtype)
@@ -46,18 +45,11 @@ def input_cotangent(
         )
         return dx.astype(dy.dtype)
 
-    split = jax.tree.map(lambda leaf: leaf.reshape(blocks, -1, n), (packed, scale, zero))
-    dx = jax.lax.map(cotangent, split)  # [blocks, m, k/blocks]
-    return jnp.moveaxis(dx, 0, 1).reshape(dy.shape[0], 2 * k2)
+    dx = jax.lax.map(cotangent, row_blocks(packed, scale, zero, _BLOCK_ELEMENTS))  # [blocks, m, k/blocks]
+    return jnp.moveaxis(dx, 0, 1).reshape(dy.shape[0], -1)
 
 
 def frozen(packed: Any, scale: Any, zero: Any) -> tuple[Any, Any, Any]:
     """Cotangents of a frozen weight: float0 for the integers, zero for the scale."""
     float0 = lambda leaf: None if leaf is None else np.zeros(leaf.shape, jax.dtypes.float0)
     return float0(packed), jnp.zeros_like(scale), float0(zero)
-
-
-def _blocks(groups: int, elements_per_group: int) -> int:
-    """The least divisor of `groups` whose blocks hold at most `_BLOCK_ELEMENTS`, or one block per group."""
-    divisors = (d for d in range(1, groups) if groups % d == 0)
-    return next((d for d in divisors if groups // d * elements_per_group <= _BLOCK_ELEMENTS), groups)

@@ -29,6 +29,7 @@ class BlockConfig:
       tile: columns that are computed at a time, so that their sums stay in registers.
       chunk: rows that E and F scale at a time, a multiple of 128.
       buffers: blocks of the weight in VMEM; all but one are on their way while one is computed.
+      splits: shares of the columns that are written back one after the other, each while the next is computed.
       cores: 2 splits the columns over the cores of a megacore.
       vmem_mib: what the compiler may use.
       interpret: run the kernel's Python on any platform. True, or a `pltpu.InterpretParams`.
@@ -40,6 +41,7 @@ class BlockConfig:
     tile: int = 128
     chunk: int = 128
     buffers: int = 3
+    splits: int = 1
     cores: int = 1
     vmem_mib: int = 14
     interpret: Any = False
@@ -78,7 +80,8 @@ def derive(m: int, k: int, n: int, g: int, *, tpu: Tpu | None, exact: bool) -> B
     base = BlockConfig(variant, chunk=chunk, cores=cores, vmem_mib=14 if tpu is None else tpu.vmem_mib * 7 // 8)
     for bm in (512, 256, 128, 64, 32, 16):
         for bn in (1024, 512, 256, 128):
-            config = dataclasses.replace(base, bm=bm, bn=bn, tile=min(bn, 256))
+            splits = 4 if m > 64 and n % (4 * bn * cores) == 0 else 1
+            config = dataclasses.replace(base, bm=bm, bn=bn, tile=min(bn, 256), splits=splits)
             small = bn == 128 or k * bn <= 1 << 22
             if n % (bn * cores) == 0 and small and vmem_bytes(config, m, k, n, g) <= config.vmem_mib << 20:
                 return config
@@ -88,7 +91,7 @@ def derive(m: int, k: int, n: int, g: int, *, tpu: Tpu | None, exact: bool) -> B
 def vmem_bytes(config: BlockConfig, m: int, k: int, n: int, g: int) -> int:
     """About what a config holds in VMEM: x and y twice, the ring, what is made of x, and values in flight."""
     bm = -(-min(config.bm, m) // 16) * 16
-    held = 2 * bm * (k + n // config.cores) * 2 + config.buffers * config.bn * (k // 2 + 3 * k // g)
+    held = 2 * bm * (k + n // config.cores // config.splits) * 2 + config.buffers * config.bn * (k // 2 + 3 * k // g)
     of_x = (bm * k * 2 if config.variant == "A" else 0) + 3 * bm * k // g * 2
     return held + of_x + config.tile * (config.chunk * 8 + k // g * 12) + bm * config.tile * 16 + (bm * k * 4)
 

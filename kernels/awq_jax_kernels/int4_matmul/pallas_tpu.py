@@ -37,8 +37,9 @@ def supports(x: Any, packed: Any, scale: Any, zero: Any = None, *, config: Block
 
 def _misfit(config: BlockConfig, k: int, n: int, g: int, *, exact: bool) -> str | None:
     """What is wrong with a config for these sizes."""
-    if n % (config.bn * config.cores) or config.bn % 128:
-        return f"bn={config.bn} times {config.cores} cores must divide n={n}, in multiples of 128"
+    shares = config.cores * config.splits
+    if n % (config.bn * shares) or config.bn % 128:
+        return f"bn={config.bn}, a multiple of 128, times {shares} shares must divide n={n}"
     if config.bn % config.tile or config.tile % 128:
         return f"tile={config.tile} must divide bn={config.bn}, in multiples of 128"
     if config.variant in "EF" and (k % config.chunk or config.chunk % max(g if g < k else 0, ROWS)):

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """The Mosaic kernel behind `pallas_tpu`.
 
-A program instance holds a block of x in VMEM and walks over the columns of the weight. Blocks of whole columns, codes
-with their scales and zero points, come through a ring of buffers that the kernel fills itself: with three or more of
-them a copy is always under way, which the two of a Pallas grid can't promise, and x is made ready while the first block
-travels.
+A program instance holds a block of x in VMEM and walks over its share of the weight's columns. Blocks of whole
+columns, codes with their scales and zero points, come through a ring of buffers that the kernel fills itself: with
+three or more of them a copy is always under way, which the two of a Pallas grid can't promise, and x is made ready
+while the first block travels.
 
 A, B and D multiply the codes as they are and scale each group's partial sum. What zero points and the offset of the
 codes add is one thin product per block, ``sums of x over groups @ ((zero + offset) * scale)``. E and F scale a chunk of
@@ -12,7 +12,6 @@ the weight to bfloat16 and multiply that.
 """
 
 import functools
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -60,16 +59,24 @@ def fused(
     rings = [pltpu.VMEM((config.buffers, w.shape[1], config.bn), w.dtype) for w in weights]
     return pl.pallas_call(
         functools.partial(_kernel, config=config, names=tuple(scratch), order=order, still=still),
-        grid=(config.cores, b, pl.cdiv(m, bm)),
+        grid=(config.cores, b, pl.cdiv(m, bm), config.splits),
         in_specs=[
-            pl.BlockSpec((None, bm, k), lambda core, e, i: (e, i, 0)),
+            pl.BlockSpec((None, bm, k), lambda core, e, i, split: (e, i, 0)),
             [pl.BlockSpec(memory_space=pl.ANY) for _ in weights],
         ],
-        out_specs=pl.BlockSpec((None, bm, n // config.cores), lambda core, e, i: (e, i, core)),
+        out_specs=pl.BlockSpec(
+            (None, bm, n // config.cores // config.splits),
+            lambda core, e, i, split: (e, i, core * config.splits + split),
+        ),
         out_shape=_like((b, m, n), dtype, x, *weights),
-        scratch_shapes=[rings, pltpu.SemaphoreType.DMA((config.buffers, len(weights))), list(scratch.values())],
+        scratch_shapes=[
+            rings,
+            pltpu.SemaphoreType.DMA((config.buffers, len(weights))),
+            pltpu.SemaphoreType.DMA((config.bn // config.tile, len(weights))),
+            list(scratch.values()),
+        ],
         compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel" if config.cores > 1 else "arbitrary", "arbitrary", "arbitrary"),
+            dimension_semantics=("parallel" if config.cores > 1 else "arbitrary", *["arbitrary"] * 3),
             vmem_limit_bytes=config.vmem_mib << 20,
         ),
         interpret=pltpu.InterpretParams() if config.interpret is True else config.interpret,
@@ -100,6 +107,7 @@ def _kernel(
     out_ref: Any,
     rings: Any,
     arrived: Any,
+    arrived_first: Any,
     scratch: Any,
     *,
     config: BlockConfig,
@@ -112,32 +120,55 @@ def _kernel(
     columns = out_ref.shape[1] // bn
     g = x_ref.shape[1] // groups
 
-    def copies(i: Any) -> list[Any]:
-        slot = jax.lax.rem(i, jnp.int32(config.buffers))
-        place = pl.ds(pl.multiple_of((pl.program_id(0) * columns + i) * bn, bn), bn)
+    tiles = bn // config.tile
+
+    def copies(start: Any, width: int, slot: Any, at: int, arrived: Any) -> list[Any]:
+        """Bring columns ``start : start + width`` of this instance's share to column `at` of a slot."""
+        share = pl.program_id(0) * config.splits + pl.program_id(3)
+        place = pl.ds(pl.multiple_of(share * columns * bn + start, width), width)
+        pairs = [] if still else enumerate(zip(weights, rings, strict=True))
         return [
-            pltpu.make_async_copy(w.at[pl.program_id(1), :, place], ring.at[slot], arrived.at[slot, t])
-            for t, (w, ring) in enumerate(zip(weights, rings, strict=True))
+            pltpu.make_async_copy(w.at[pl.program_id(1), :, place], ring.at[slot, :, pl.ds(at, width)], arrived.at[t])
+            for t, (w, ring) in pairs
         ]
 
-    def each_copy(i: Any, do: Callable[[Any], None]) -> None:
-        for copy in [] if still else copies(i):
-            do(copy)
+    def block(i: Any) -> list[Any]:
+        slot = jax.lax.rem(i, jnp.int32(config.buffers))
+        return copies(i * bn, bn, slot, 0, arrived.at[slot])
 
-    for i in range(min(config.buffers - 1, columns)):
-        each_copy(jnp.int32(i), lambda copy: copy.start())
+    def piece(p: int) -> list[Any]:
+        return copies(p * config.tile, config.tile, 0, p * config.tile, arrived_first.at[p])
+
+    def compute(i: Any, p: int) -> None:
+        slot = jax.lax.rem(i, jnp.int32(config.buffers))
+        operands = [ring.at[slot] for ring in rings]
+        y = _tile(x_ref, operands, pl.ds(p * config.tile, config.tile), kept, g=g, config=config, order=order)
+        into = pl.ds(pl.multiple_of(i * bn + p * config.tile, 128), config.tile)
+        out_ref[:, into] = y.astype(out_ref.dtype)
+
+    # Nothing hides the first bytes, so the first block comes and is computed in pieces.
+    for p in range(tiles):
+        _each(piece(p), "start")
+    for i in range(1, min(config.buffers, columns)):
+        _each(block(jnp.int32(i)), "start")
     if kept:
-        _prepare_x(x_ref, kept, g, order)
+        pl.when(pl.program_id(3) == 0)(lambda: _prepare_x(x_ref, kept, g, order))
+    for p in range(tiles):
+        _each(piece(p), "wait")
+        compute(jnp.int32(0), p)
 
-    @pl.loop(0, columns)
+    @pl.loop(1, columns)
     def _(i: Any) -> None:
-        ahead = i + (config.buffers - 1)
-        pl.when(ahead < columns)(lambda: each_copy(ahead, lambda copy: copy.start()))
-        each_copy(i, lambda copy: copy.wait())
-        block = [ring.at[jax.lax.rem(i, jnp.int32(config.buffers))] for ring in rings]
-        for start in range(0, bn, config.tile):
-            y = _tile(x_ref, block, pl.ds(start, config.tile), kept, g=g, config=config, order=order)
-            out_ref[:, pl.ds(pl.multiple_of(i * bn + start, 128), config.tile)] = y.astype(out_ref.dtype)
+        ahead = i + config.buffers - 1
+        pl.when(ahead < columns)(lambda: _each(block(ahead), "start"))
+        _each(block(i), "wait")
+        for p in range(tiles):
+            compute(i, p)
+
+
+def _each(copies: list[Any], do: str) -> None:
+    for copy in copies:
+        getattr(copy, do)()
 
 
 def _dot(a: Any, b: Any) -> Any:
@@ -231,6 +262,7 @@ def _scaled_weights(
             codes = pltpu.bitcast(packed_ref[start // 2 : (start + size) // 2, columns], jnp.int4).astype(dtype)
             if not isinstance(shift, int):
                 codes = codes - spread(shift, start // g)
-            weights.append((codes * spread(scale, start // g)).astype(jnp.bfloat16))
-        total += _dot(x_ref[:, chunk : chunk + config.chunk], jnp.concatenate(weights, axis=0))
+            weights.append(codes * spread(scale, start // g))
+        dense = jnp.concatenate(weights, axis=0).astype(jnp.bfloat16)
+        total += _dot(x_ref[:, chunk : chunk + config.chunk], dense)
     return total

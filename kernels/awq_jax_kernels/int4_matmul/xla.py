@@ -7,9 +7,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int8
 
+from awq_jax_kernels.int4_matmul.blocks import row_blocks
 from awq_jax_kernels.nibbles import unpack_signed
 
-__all__ = ["int4_matmul", "supports"]
+__all__ = ["blockwise", "grouped", "int4_matmul", "supports"]
+
+_BLOCK_ELEMENTS = 1 << 22  # of the weight in float32 at a time, 16 MiB
 
 
 def supports(x: Any, packed: Any, scale: Any, zero: Any = None, *, config: Any = None) -> str | None:
@@ -20,7 +23,7 @@ def supports(x: Any, packed: Any, scale: Any, zero: Any = None, *, config: Any =
     return f"groups of {g} rows cut a byte in two" if g % 2 else None
 
 
-def grouped(
+def int4_matmul(
     x: Float[Array, "m k"],
     packed: Int8[Array, "k2 n"],
     scale: Float[Array, "groups n"],
@@ -28,13 +31,26 @@ def grouped(
     *,
     config: None = None,
 ) -> Float[Array, "m n"]:
-    """``y = x @ ((q - zero) * scale)`` as one product per group, scaled after: no dense weight on any platform."""
+    """``y = x @ ((q - zero) * scale)``: `grouped` on accelerators, `blockwise` on a CPU."""
+    return jax.lax.platform_dependent(x, packed, scale, zero, cpu=blockwise, default=grouped)
+
+
+def grouped(
+    x: Float[Array, "m k"],
+    packed: Int8[Array, "k2 n"],
+    scale: Float[Array, "groups n"],
+    zero: Int8[Array, "groups n"] | None = None,
+) -> Float[Array, "m n"]:
+    """One product per group with the int4 operand as it is, scaled after: no dense weight anywhere.
+
+    XLA for TPU and GPU converts int4 on the way to the matrix unit. XLA for CPU does not, and runs a batched product
+    slowly.
+    """
     m, k = x.shape
     groups, n = scale.shape
     xg = x.reshape(m, groups, k // groups)
     q = unpack_signed(packed).reshape(groups, k // groups, n)
     scale = scale.astype(jnp.float32)
-    # The int4 operand goes into the product as it is: XLA converts it on the way to the matrix unit.
     partial = jax.lax.dot_general(
         xg, q, (((2,), (1,)), ((1,), (0,))), precision="highest", preferred_element_type=jnp.float32
     )  # [groups, m, n]
@@ -45,5 +61,41 @@ def grouped(
     return y.astype(x.dtype)
 
 
-def int4_matmul(x: Any, packed: Any, scale: Any, zero: Any = None, *, config: None = None) -> Any:
-    return grouped(x, packed, scale, zero)
+def blockwise(
+    x: Float[Array, "m k"],
+    packed: Int8[Array, "k2 n"],
+    scale: Float[Array, "groups n"],
+    zero: Int8[Array, "groups n"] | None = None,
+) -> Float[Array, "m n"]:
+    """Dequantize a block of rows to float32, multiply, add up: at most 16 MiB of the weight is dense at a time.
+
+    Low and high nibbles become separate rows and x follows, which spares interleaving the weight. A weight of one
+    block needs no loop; XLA for CPU runs the body of one on a single core.
+    """
+    m = x.shape[0]
+    blocks = row_blocks(packed, scale, zero, _BLOCK_ELEMENTS)
+    count, rows2, _ = blocks[0].shape
+    parts = blocks[1].shape[1]
+    pairs = x.astype(jnp.float32).reshape(m, count, parts, rows2 // parts, 2)
+    xs = pairs.transpose(1, 0, 2, 4, 3).reshape(count, m, 2 * rows2)
+    if count == 1:
+        return _block(xs[0], *jax.tree.map(lambda leaf: leaf[0], blocks)).astype(x.dtype)
+
+    def add(y: Any, block: Any) -> tuple[Any, None]:
+        return y + _block(*block), None
+
+    # The first block stands for zeros that would have to know over which mesh axes they vary.
+    first, rest = (jax.tree.map(lambda leaf, cut=cut: leaf[cut], (xs, *blocks)) for cut in (0, slice(1, None)))
+    y, _ = jax.lax.scan(add, _block(*first), rest)
+    return y.astype(x.dtype)
+
+
+def _block(x: Any, packed: Any, scale: Any, zero: Any) -> Any:
+    """``[m, rows] @ [rows, n]``; columns of x in the order (part, nibble, byte)."""
+    parts, n = scale.shape
+    bytes_ = packed.reshape(parts, 1, -1, n).astype(jnp.int32)
+    codes = jnp.concatenate([(bytes_ << 28) >> 28, bytes_ >> 4], axis=1).astype(jnp.float32)
+    if zero is not None:
+        codes = codes - (zero.astype(jnp.float32) - 8)[:, None, None, :]
+    dense = (codes * scale.astype(jnp.float32)[:, None, None, :]).reshape(-1, n)
+    return jnp.matmul(x, dense, precision="highest")

@@ -1,0 +1,53 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which configs are worth compiling."""
+
+from collections.abc import Iterator
+
+from awq_jax_kernels.chips import TPUS, Tpu
+from awq_jax_kernels.int4_matmul.config import BlockConfig, Variant, vmem_bytes
+
+__all__ = ["candidates"]
+
+_BLOCK_BYTES = (1 << 19, 3 << 20)  # smaller steps cost more than they bring, larger ones end later than they need
+
+
+def candidates(generation: str, m: int, k: int, n: int, g: int = 128) -> list[BlockConfig]:
+    """Configs that fit the sizes and the chip, a handful.
+
+    Raises:
+      ValueError: nothing fits.
+    """
+    tpu = TPUS[generation]
+    found = [
+        config
+        for variant in _variants(tpu, m)
+        for config in _cuts(tpu, variant, m, k, n)
+        if vmem_bytes(config, m, k, n, g) <= config.vmem_mib << 20
+    ]
+    if not found:
+        raise ValueError(f"no block size fits m={m}, k={k}, n={n} into {tpu.vmem_mib} MiB of {tpu.name}'s VMEM.")
+    return found
+
+
+def _variants(tpu: Tpu, m: int) -> list[Variant]:
+    if tpu.fp8_mxu:
+        return ["D"] if m <= 16 else ["D", "E"] if m <= 32 else ["E"]
+    if tpu.bf16_vpu:
+        return ["E"]
+    return ["A"] if m <= 64 else ["A", "F"]
+
+
+def _cuts(tpu: Tpu, variant: Variant, m: int, k: int, n: int) -> Iterator[BlockConfig]:
+    cores = tpu.cores
+    chunk = next(c for c in (512, 256, 128) if k % c == 0)
+    for bn in (128, 256, 512, 1024, 2048):
+        low, high = _BLOCK_BYTES
+        if n % (bn * cores) or not low <= k * bn // 2 <= high:
+            continue
+        steps = n // cores // bn
+        # One share ends sooner where y is small; where it is large, writing the last one is what remains.
+        splits = 1 if m <= 64 else next((s for s in (4, 3, 2, 7) if steps % s == 0), 1)
+        tile = min(bn, 256 if m <= 64 else 512)
+        yield BlockConfig(
+            variant, bm=512, bn=bn, tile=tile, chunk=chunk, splits=splits, cores=cores, vmem_mib=tpu.vmem_mib * 7 // 8
+        )
