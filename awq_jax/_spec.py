@@ -18,7 +18,8 @@ class QuantSpec:
       bits: 2, 3 or 4; codes lie in nibbles whatever the width.
       group_size: rows (along the contraction axis) that share one scale and zero; -1 is the whole column.
       symmetric: zero point fixed at the middle of the range, or one zero code per group.
-      scale_dtype: "float16", "bfloat16" or "float32", what scales are stored in. Codes are rounded against the *stored* scale.
+      scale_dtype: "float16", "bfloat16" or "float32", what scales are stored in; codes are rounded against the *stored*
+        scale.
 
     Raises:
       ValueError: a field is outside its range.
@@ -156,17 +157,31 @@ class SearchSpec:
       objective: "gram" scores the exact output error of the linears that share an input, ``tr(D' G D)``; "block"
         scores the output of the attention or MLP they belong to.
       clip_ratios: candidates for the threshold of each (group, output); empty means no clipping. 1 is always added.
+      tokens_per_channel: a Gram matrix ``[k, k]`` is estimated from at least this many tokens for each of its k
+        channels; of longer calibration texts every second, third, … token is taken. None takes all.
     """
 
     rules: tuple[ScaleRule, ...] = dataclasses.field(default_factory=lambda: (rule("paper"), rule("duo")))
     objective: str = "gram"
     clip_ratios: tuple[float, ...] = (0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65, 0.6, 0.55, 0.5)
+    tokens_per_channel: int | None = 16
 
     def __post_init__(self) -> None:
         if self.objective not in ("gram", "block"):
             raise ValueError(f"SearchSpec.objective is {self.objective!r}; use 'gram' or 'block'.")
         if any(not 0 < r <= 1 for r in self.clip_ratios):
             raise ValueError(f"SearchSpec.clip_ratios must lie in (0, 1]; got {self.clip_ratios}.")
+
+        if self.tokens_per_channel is not None and self.tokens_per_channel < 1:
+            raise ValueError(f"SearchSpec.tokens_per_channel is {self.tokens_per_channel}; it must be at least 1.")
+
+    def stride(self, tokens: int, k: int) -> int:
+        """Which tokens a Gram matrix of k channels is estimated from: every stride-th.
+
+        >>> SearchSpec().stride(65_536, 256), SearchSpec().stride(65_536, 4096)
+        (16, 1)
+        """
+        return 1 if self.tokens_per_channel is None else max(1, tokens // (self.tokens_per_channel * k))
 
     @property
     def candidates(self) -> tuple[tuple[ScaleRule, float, float], ...]:

@@ -47,11 +47,16 @@ def _bin(magnitude: Array) -> Array:
     return jnp.clip((octave * _BINS_PER_OCTAVE).astype(jnp.int32), 0, _BINS - 1)
 
 
+def _gram(x: Float[Array, "t k"], weight: int) -> Float[Array, "k k"]:
+    return weight * jnp.matmul(x.T, x, precision="highest")
+
+
 def observe(
     x: Float[Array, "*t k"],
     mask: Bool[Array, "*t"] | None = None,
     *,
     gram: bool = True,
+    stride: int = 1,
     histogram: bool = False,
 ) -> ActStats:
     """Statistics of one batch of activations.
@@ -60,6 +65,7 @@ def observe(
       x: ``[..., k]``; sums are taken in float32.
       mask: tokens to count, ``[...]``; padding is False.
       gram: keep ``X' X``, ``4 k**2`` bytes.
+      stride: take every stride-th token for the Gram matrix, and count it stride times.
       histogram: keep what `percentile` needs.
 
     >>> observe(jnp.array([[1.0, -2.0], [3.0, 0.0]])).abs_sum.tolist()
@@ -78,7 +84,7 @@ def observe(
         count=counted.sum(),
         abs_sum=magnitude.sum(0),
         abs_max=magnitude.max(0, initial=0.0),
-        gram=jnp.matmul(x.T, x, precision="highest") if gram else None,
+        gram=_gram(x[::stride], stride) if gram else None,
         histogram=bins,
     )
 

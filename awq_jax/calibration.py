@@ -106,7 +106,8 @@ def _jsonl_documents(path: pathlib.Path, encode: Encode | None) -> Iterable[list
 def _encode(text: str, encode: Encode | None, where: str) -> list[int]:
     if encode is None:
         raise ValueError(
-            f'{where}: the checkpoint has no tokenizer.json, so text cannot be encoded. Give lines of {{"input_ids": [...]}}.'
+            f"{where}: the checkpoint has no tokenizer.json, so text cannot be encoded. "
+            'Give JSON lines of {"input_ids": [...]}.'
         )
     return encode(text)
 

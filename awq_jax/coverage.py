@@ -2,6 +2,7 @@
 """From a layer's outcome to its report: what each weight got and, if it is not a searched scale, why."""
 
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 
@@ -24,6 +25,11 @@ def _why_not_awq(plan: GroupPlan, tap: str, *, finite: bool, fell_back: bool, wi
     return "no candidate was better than round to nearest" if winner == "identity" else ""
 
 
+def _finite(value: Any) -> float | None:
+    """JSON has neither NaN nor infinity."""
+    return float(value) if np.isfinite(value) else None
+
+
 def _linears(index: int, plan: GroupPlan, reason: str) -> Iterator[LinearReport]:
     for path, spec in zip(plan.group.sinks, plan.specs, strict=True):
         name = f"layers/{index}/{path}"
@@ -36,15 +42,15 @@ def _linears(index: int, plan: GroupPlan, reason: str) -> Iterator[LinearReport]
 
 
 def _group(index: int, plan: GroupPlan, result: ScaleResult, rule: str, power: float) -> GroupReport:
-    producer = plan.group.producer
+    producer, losses = plan.group.producer, np.asarray(result.losses)
     return GroupReport(
         sinks=tuple(f"layers/{index}/{path}" for path in plan.group.sinks),
         producer=f"layers/{index}/{producer.path}" if producer else None,
         rule=rule,
         power=power,
-        loss=float(result.loss),
-        rtn_loss=float(result.rtn_loss),
-        losses=tuple(float(v) if np.isfinite(v) else None for v in np.asarray(result.losses)),
+        loss=_finite(losses.min()),
+        rtn_loss=_finite(losses[0]),
+        losses=tuple(map(_finite, losses)),
     )
 
 
@@ -70,8 +76,8 @@ def layer_report(index: int, plan: LayerPlan, outcome: LayerOutcome) -> LayerRep
         linears += _linears(index, group, reason)
     return LayerReport(
         index=index,
-        error=float(outcome.rtn_error if fell_back else outcome.error),
-        rtn_error=float(outcome.rtn_error),
+        error=_finite(outcome.rtn_error if fell_back else outcome.error),
+        rtn_error=_finite(outcome.rtn_error),
         fell_back=fell_back,
         groups=tuple(groups),
         linears=tuple(linears),

@@ -11,8 +11,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from awq_jax_convert.hf import HFCheckpoint
-from awq_jax_convert.hf_writer import HFWriter
 
 from awq_jax import stdlib_text
 from awq_jax._outliers import plant_outliers
@@ -20,6 +18,8 @@ from awq_jax._publish import published, write_file
 from awq_jax._spec import Recipe, SearchSpec, rule
 from awq_jax.pipeline import plans_of, quantize_checkpoint, read_samples
 from awq_jax.run import continue_prompt, evaluate_checkpoint, load_model
+from awq_jax_convert.hf import HFCheckpoint
+from awq_jax_convert.hf_writer import HFWriter
 
 __all__ = ["MODEL", "DemoRow", "plant_checkpoint", "run_demo"]
 

@@ -47,7 +47,7 @@ class LayerOutcome:
     tokens: Any
 
 
-def _observer(config: DecoderConfig, plan: LayerPlan) -> Callable[[Params, Any], Any]:
+def _observer(config: DecoderConfig, plan: LayerPlan, tokens: int) -> Callable[[Params, Any], Any]:
     """(params, (hidden, mask)) -> (statistics by tap, layer output)."""
     histogram = any(rule.statistic == "percentile" for rule in plan.search.rules)
 
@@ -57,7 +57,8 @@ def _observer(config: DecoderConfig, plan: LayerPlan) -> Callable[[Params, Any],
 
         def tap(name: str, x: Array) -> None:
             if name in plan.taps:
-                seen[name] = observe(x, mask, histogram=histogram)
+                stride = plan.search.stride(tokens, x.shape[-1])
+                seen[name] = observe(x, mask, stride=stride, histogram=histogram)
 
         return seen, block(config, params, hidden, tap=tap)
 
@@ -124,7 +125,7 @@ def quantize_and_measure(
       plan: of this layer.
       measured: chunks that the output error is measured on, and the block objective evaluated on.
     """
-    stats, outputs = calibrate(_observer(config, plan), params, (hidden, mask), has_aux=True)
+    stats, outputs = calibrate(_observer(config, plan, mask.size), params, (hidden, mask), has_aux=True)
     sample = jax.tree.map(lambda a: a[:measured].reshape(-1, *a.shape[2:]), (hidden, outputs, mask))
     inputs, target, keep = sample
     loss = _block_loss(config, params, inputs, keep, plan) if plan.search.objective == "block" else lambda group: None

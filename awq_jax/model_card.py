@@ -9,9 +9,10 @@ __all__ = ["model_card"]
 
 def _row(layer: LayerReport) -> str:
     winners = ", ".join(f"{g.rule} {g.power:.2f}" if g.rule != "identity" else g.rule for g in layer.groups)
-    gain = f"{layer.error / layer.rtn_error:.2f}" if layer.rtn_error else "-"
+    rtn_error, error = ("not finite" if v is None else f"{v:.3e}" for v in (layer.rtn_error, layer.error))
+    gain = "-" if layer.gain is None else f"{layer.gain:.2f}"
     note = "fell back to round to nearest" if layer.fell_back else ""
-    return f"| {layer.index} | {winners} | {layer.rtn_error:.3e} | {layer.error:.3e} | {gain} | {note} |"
+    return f"| {layer.index} | {winners} | {rtn_error} | {error} | {gain} | {note} |"
 
 
 def model_card(name: str, family: str, report: Report) -> str:

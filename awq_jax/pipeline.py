@@ -14,10 +14,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from awq_jax_convert.formats import open_writer, refuse_misfit
-from awq_jax_convert.hf import HFCheckpoint
-from awq_jax_convert.sink import ModelWriter
-from awq_jax_convert.tokenizer import Tokenizer
 
 from awq_jax._plan import LayerPlan, plan_layers
 from awq_jax._qtensor import QTensor
@@ -31,8 +27,14 @@ from awq_jax.model_card import model_card
 from awq_jax.models.functional import embed
 from awq_jax.report import LayerReport, LinearReport, Report
 from awq_jax.stdlib_text import documentation
+from awq_jax_convert.formats import open_writer, refuse_misfit
+from awq_jax_convert.hf import HFCheckpoint
+from awq_jax_convert.sink import ModelWriter
+from awq_jax_convert.tokenizer import Tokenizer
 
 __all__ = ["plans_of", "quantize_checkpoint", "read_samples"]
+
+_MEASURED = 8192  # tokens that a finished layer is measured again on, against round to nearest
 
 Progress = Callable[[LayerReport, int], None]
 
@@ -97,8 +99,8 @@ def plans_of(checkpoint: HFCheckpoint, recipe: Recipe) -> tuple[LayerPlan, ...]:
 def _refuse_quantized(checkpoint: HFCheckpoint) -> None:
     if checkpoint.format != "dense":
         raise ValueError(
-            f"{checkpoint.path} is already quantized ({checkpoint.format}); quantizing what was rounded moves its codes "
-            "again. Start from the dense checkpoint."
+            f"{checkpoint.path} is already quantized ({checkpoint.format}); quantizing what was rounded moves its "
+            "codes again. Start from the dense checkpoint."
         )
 
 
@@ -187,6 +189,9 @@ def quantize_checkpoint(
       FileNotFoundError, FileExistsError, ValueError: bad input, named.
     """
     clock = _Clock()
+    for name, value in (("samples", samples), ("seq_len", seq_len), ("batch", batch)):
+        if value < 1:
+            raise ValueError(f"{name} is {value}; it must be at least 1 (--{name.replace('_', '-')}).")
     with clock.phase("open"):
         checkpoint = HFCheckpoint.open(pathlib.Path(src))
         _refuse_quantized(checkpoint)
@@ -248,7 +253,7 @@ def _layers(
         writer.write_stem(stem)
     hidden = jax.jit(embed, static_argnums=0)(config, jax.tree.map(jnp.asarray, stem), tokens)
     del stem
-    measured = max(1, len(tokens) // 8)
+    measured = max(1, round(_MEASURED / tokens[0].size))
     for index, (plan, params) in enumerate(zip(plans, _read_ahead(checkpoint), strict=True)):
         with clock.phase("quantize"):
             params = jax.tree.map(jnp.asarray, params)

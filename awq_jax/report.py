@@ -37,7 +37,7 @@ class GroupReport:
       producer: path of what absorbed the scale, or None.
       rule: name of the winning rule.
       power: its exponent on the activation statistic.
-      loss: objective of the winner.
+      loss: objective of the winner; None if not finite.
       rtn_loss: objective of identity.
       losses: objective of every candidate, in the order of ``SearchSpec.candidates``; null where not finite.
     """
@@ -46,9 +46,14 @@ class GroupReport:
     producer: str | None
     rule: str
     power: float
-    loss: float
-    rtn_loss: float
+    loss: float | None
+    rtn_loss: float | None
     losses: tuple[float | None, ...]
+
+    @property
+    def gain(self) -> float | None:
+        """``loss / rtn_loss``; None where that says nothing."""
+        return self.loss / self.rtn_loss if self.loss is not None and self.rtn_loss else None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -57,17 +62,22 @@ class LayerReport:
 
     Attributes:
       index: of the layer.
-      error: squared error of the layer's output, relative to the output's own square, as written.
+      error: squared error of the layer's output, relative to the output's own square, as written; None if not finite.
       rtn_error: the same for round to nearest.
       fell_back: the search did not help this layer's output and round to nearest was written.
     """
 
     index: int
-    error: float
-    rtn_error: float
+    error: float | None
+    rtn_error: float | None
     fell_back: bool
     groups: tuple[GroupReport, ...]
     linears: tuple[LinearReport, ...]
+
+    @property
+    def gain(self) -> float | None:
+        """``error / rtn_error``; None where that says nothing."""
+        return self.error / self.rtn_error if self.error is not None and self.rtn_error else None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

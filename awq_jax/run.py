@@ -11,13 +11,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from awq_jax_convert.formats import open_checkpoint
-from awq_jax_convert.source import Checkpoint
-from awq_jax_convert.tokenizer import Tokenizer
 
 from awq_jax.evaluate import Evaluation, cut_windows, evaluate
 from awq_jax.models import Decoder, DecoderConfig, generate
 from awq_jax.models.functional import forward
+from awq_jax_convert.formats import open_checkpoint
+from awq_jax_convert.source import Checkpoint
+from awq_jax_convert.tokenizer import Tokenizer
 
 __all__ = ["LoadedModel", "evaluate_checkpoint", "generate_text", "load_model"]
 

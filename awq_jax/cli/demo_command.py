@@ -12,13 +12,18 @@ import argparse
 import dataclasses
 import json
 import pathlib
-import sys
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
     add = parser.add_argument
-    add("--out", type=pathlib.Path, default=pathlib.Path("awq-jax-demo"), metavar="DIR", help="where checkpoints and the report go (%(default)s)")
+    add(
+        "--out",
+        type=pathlib.Path,
+        default=pathlib.Path("awq-jax-demo"),
+        metavar="DIR",
+        help="where checkpoints and the report go (%(default)s)",
+    )
     add("--prompt", default="Return a list of", metavar="TEXT", help="what each model continues (%(default)r)")
     add("--quick", action="store_true", help="less text: seconds, and noisier numbers")
     add("--json", action="store_true", help="print the comparison as JSON on stdout")
@@ -27,6 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Run the demo."""
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     from awq_jax.demo import run_demo
@@ -37,7 +43,7 @@ def run(args: argparse.Namespace) -> int:
         print(json.dumps([dataclasses.asdict(row) for row in rows]))
         return 0
     console = Console()
-    table = Table("model", "weights", "perplexity", "KL to dense", "same top-1", "MB", "quantized in", f"{args.prompt} …")
+    table = Table("model", "weights", "perplexity", "KL to dense", "same top-1", "MB", "quantized in")
     for r in rows:
         table.add_row(
             r.model,
@@ -47,10 +53,14 @@ def run(args: argparse.Namespace) -> int:
             f"{100 * r.top1:.1f} %",
             f"{r.nbytes / 1e6:.1f}",
             f"{r.seconds:.1f} s" if r.seconds else "",
-            " ".join(r.sample.split()),
             end_section=r.method == "AWQ",
         )
     console.print(table)
+    for r in rows[:3]:
+        console.print(f"[bold]{r.method}[/] {args.prompt}[italic]{escape(' '.join(['', *r.sample.split()]))}[/]")
     console.print(f"checkpoints and report: {args.out}")
-    print(f"next: awq-jax quantize {args.out / 'planted-dense'} my-int4 --bits 3 --calib {args.out / 'calibration.txt'}", file=sys.stderr)
+    calib = args.out / "calibration.txt"
+    console.print(
+        f"next: awq-jax quantize {args.out / 'planted-dense'} tiny-int3 --bits 3 --calib {calib}", soft_wrap=True
+    )
     return 0

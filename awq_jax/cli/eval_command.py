@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Measure a checkpoint: perplexity on a text and, with --base, KL divergence from another checkpoint.
 
-The recipe is fixed so that numbers compare: the first --tokens tokens of the text in windows of --ctx that do not overlap,
-each seen on its own; every position but a window's first is predicted.
+The recipe is fixed so that numbers compare: the first --tokens tokens of the text in windows of --ctx that do not
+overlap, each seen on its own; every position but a window's first is predicted.
 
   awq-jax eval OUT --text held_out.txt --base SRC
 """

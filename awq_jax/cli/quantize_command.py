@@ -23,21 +23,56 @@ if TYPE_CHECKING:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
     add = parser.add_argument
-    add("src", type=pathlib.Path, metavar="SRC", help="Hugging Face directory: config.json, safetensors, tokenizer.json")
+    add(
+        "src", type=pathlib.Path, metavar="SRC", help="Hugging Face directory: config.json, safetensors, tokenizer.json"
+    )
     add("out", type=pathlib.Path, metavar="OUT", help="directory to write; must not exist")
-    add("--calib", type=pathlib.Path, metavar="FILE", help='text, or .jsonl with "text" or "input_ids" (default: Python\'s documentation, with a warning)')
+    add(
+        "--calib",
+        type=pathlib.Path,
+        metavar="FILE",
+        help='text, or .jsonl with "text" or "input_ids" (default: Python\'s documentation, with a warning)',
+    )
     add("--samples", type=int, default=128, metavar="N", help="calibration samples (%(default)s)")
     add("--seq-len", type=int, default=512, metavar="T", help="tokens of a sample (%(default)s)")
     add("--batch", type=int, default=8, metavar="B", help="samples that go through a layer together (%(default)s)")
     add("--bits", type=int, default=4, choices=(2, 3, 4), help="width of a code (%(default)s)")
-    add("--group-size", type=int, default=128, metavar="G", help="rows that share a scale; -1 whole columns (%(default)s)")
+    add(
+        "--group-size",
+        type=int,
+        default=128,
+        metavar="G",
+        help="rows that share a scale; -1 whole columns (%(default)s)",
+    )
     add("--symmetric", action="store_true", help="no zero points")
-    add("--scale-dtype", choices=("float16", "bfloat16", "float32"), default="float16", help="(%(default)s; autoawq is float16)")
-    add("--rules", default="paper,duo", metavar="R,…", help="scale rules that compete with identity: paper, duo, article, article-literal, identity alone for round to nearest (%(default)s)")
+    add(
+        "--scale-dtype",
+        choices=("float16", "bfloat16", "float32"),
+        default="float16",
+        help="(%(default)s; autoawq is float16)",
+    )
+    add(
+        "--rules",
+        default="paper,duo",
+        metavar="R,…",
+        help="scale rules that compete with identity: paper, duo, article, article-literal; "
+        "identity alone rounds to nearest (%(default)s)",
+    )
     add("--grid", type=int, default=20, metavar="N", help="candidates of each rule (%(default)s)")
-    add("--objective", choices=("gram", "block"), default="gram", help="gram: exact output error of the linears; block: of the attention or MLP (%(default)s)")
+    add(
+        "--objective",
+        choices=("gram", "block"),
+        default="gram",
+        help="gram: exact output error of the linears; block: of the attention or MLP (%(default)s)",
+    )
     add("--no-clip", action="store_true", help="do not search clipping thresholds")
-    add("--override", action="append", default=[], metavar="GLOB=WHAT", help="'layers/0/*=float' leaves weights alone, '*/mlp/down=bits:3' or '=group:64' changes them; first match wins")
+    add(
+        "--override",
+        action="append",
+        default=[],
+        metavar="GLOB=WHAT",
+        help="'layers/0/*=float' leaves weights alone, '*/mlp/down=bits:3' or '=group:64' changes them; the first wins",
+    )
     add("--format", choices=("auto", "autoawq", "native"), default="auto", help="auto: autoawq for 4 bits, else native")
     add("--overwrite", action="store_true", help="replace OUT if it exists")
     add("--json", action="store_true", help="print the report as JSON on stdout")
@@ -56,7 +91,9 @@ def _override(text: str, base: "QuantSpec") -> "tuple[str, QuantSpec | None]":
     for item in what.split(","):
         key, _, value = item.partition(":")
         if key not in fields or not value.lstrip("-").isdigit():
-            raise ValueError(f"--override {text!r}: expected GLOB=float, GLOB=bits:N, GLOB=group:N or both with a comma.")
+            raise ValueError(
+                f"--override {text!r}: expected GLOB=float, GLOB=bits:N, GLOB=group:N or both with a comma."
+            )
         changes[fields[key]] = int(value)
     return glob, dataclasses.replace(base, **changes)
 
@@ -77,10 +114,12 @@ def _recipe(args: argparse.Namespace) -> "Recipe":
 
 
 def _describe(layer: "LayerReport") -> str:
-    gain = layer.error / layer.rtn_error if layer.rtn_error else 1.0
-    return f"layer {layer.index}: output error {layer.error:.2e}, {gain:.2f}x round to nearest" + (
-        " (fell back)" if layer.fell_back else ""
-    )
+    if layer.error is None:
+        return f"layer {layer.index}: output error is not finite; round to nearest was written"
+    said = f"layer {layer.index}: output error {layer.error:.2e}"
+    if layer.gain is not None:
+        said += f", {layer.gain:.2f}x round to nearest"
+    return said + (" (fell back)" if layer.fell_back else "")
 
 
 def _summary(report: "Report", out: pathlib.Path) -> None:
@@ -95,11 +134,13 @@ def _summary(report: "Report", out: pathlib.Path) -> None:
         for group in layer.groups:
             names = ", ".join(path.split("/", 2)[2] for path in group.sinks)
             chosen = f"{group.rule} {group.power:.2f}" if group.rule != "identity" else "identity"
-            table.add_row(str(layer.index), names, chosen, f"{group.loss / group.rtn_loss:.3f}" if group.rtn_loss else "-")
+            table.add_row(str(layer.index), names, chosen, "-" if group.gain is None else f"{group.gain:.3f}")
     console.print(table)
     for layer in report.layers:
         if layer.fell_back:
-            console.print(f"layer {layer.index} was written as round to nearest: the search did not lower its output error")
+            console.print(
+                f"layer {layer.index} was written as round to nearest: the search did not lower its output error"
+            )
     seen = {reason: path for path, reason in ((w.path, w.reason) for la in report.layers for w in la.linears) if reason}
     for reason, path in seen.items():
         console.print(f"{path} and like it: {reason}")
@@ -124,7 +165,12 @@ def run(args: argparse.Namespace) -> int:
     from awq_jax.pipeline import quantize_checkpoint
 
     console = Console(stderr=True, quiet=args.quiet)
-    columns = (TextColumn("{task.completed}/{task.total}"), BarColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
+    columns = (
+        TextColumn("{task.completed}/{task.total}"),
+        BarColumn(),
+        TimeElapsedColumn(),
+        TextColumn("{task.description}"),
+    )
     with Progress(*columns, console=console, disable=args.quiet or not sys.stderr.isatty()) as bar:
         task = bar.add_task("reading and compiling", total=None)
 

@@ -126,7 +126,8 @@ def config_from_hf(family: Family, hf: Mapping[str, Any]) -> DecoderConfig:
     for name, values in accepts.items():
         if name in hf and hf[name] not in values:
             raise ValueError(
-                f"config: {name} is {hf[name]!r}; family {family.name!r} implements {' or '.join(map(repr, values))} only."
+                f"config: {name} is {hf[name]!r}; family {family.name!r} implements "
+                f"{' or '.join(map(repr, values))} only."
             )
     fields: dict[str, Any] = {ours: hf[theirs] for theirs, ours in family.config if hf.get(theirs) is not None}
     missing = [theirs for theirs, ours in family.config if ours in _REQUIRED and ours not in fields]

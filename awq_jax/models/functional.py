@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The decoder as pure functions over nested dicts, for work that holds one layer at a time.
 
-Each function merges the parameters it is given into the NNX modules of `layers` and `decoder` while it is traced: there is
-one implementation of the mathematics.
+Each function merges the parameters it is given into the NNX modules of `layers` and `decoder` while it is traced: there
+is one implementation of the mathematics.
 """
 
 from collections.abc import Mapping

@@ -28,6 +28,7 @@ class Linear(nnx.Module):
         self.bias = nnx.Param(jnp.zeros((n,), dtype)) if bias else None
 
     def __call__(self, x: Float[Array, "*b k"]) -> Float[Array, "*b n"]:
+        """Outputs in the dtype of x."""
         y = matmul(x, self.kernel.get_value())
         return y if self.bias is None else y + self.bias.get_value().astype(x.dtype)
 
@@ -40,6 +41,7 @@ class RMSNorm(nnx.Module):
         self.eps = eps
 
     def __call__(self, x: Float[Array, "*b d"]) -> Float[Array, "*b d"]:
+        """The normalised x, in its dtype."""
         wide = x.astype(jnp.float32)
         normed = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.eps)
         return (normed * self.scale.get_value().astype(jnp.float32)).astype(x.dtype)
@@ -70,7 +72,8 @@ class Attention(nnx.Module):
         """Attend to earlier positions of x, or of the cache after writing x's keys and values into it."""
         c = self.config
         if tap:
-            tap("attn/q", x), tap("attn/k", x), tap("attn/v", x)
+            for name in ("attn/q", "attn/k", "attn/v"):
+                tap(name, x)
         q, k, v = (part(x).reshape(*x.shape[:2], -1, c.head_dim) for part in (self.q, self.k, self.v))
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
@@ -100,8 +103,10 @@ class Mlp(nnx.Module):
         self.down = Linear(inner, d, bias=bias, dtype=dtype, rngs=rngs)
 
     def __call__(self, x: Float[Array, "b t d"], *, tap: Tap | None = None) -> Float[Array, "b t d"]:
+        """What the MLP adds to the stream."""
         if tap:
-            tap("mlp/gate", x), tap("mlp/up", x)
+            tap("mlp/gate", x)
+            tap("mlp/up", x)
         y = jax.nn.silu(self.gate(x)) * self.up(x)
         if tap:
             tap("mlp/down", y)
@@ -125,6 +130,7 @@ class Block(nnx.Module):
         cache: LayerCache | None = None,
         tap: Tap | None = None,
     ) -> tuple[Float[Array, "b t d"], LayerCache | None]:
+        """The stream after this layer, and its cache with the new positions."""
         attended, cache = self.attn(self.input_norm(h), positions, cache=cache, tap=tap)
         h = h + attended
         return h + self.mlp(self.post_norm(h), tap=tap), cache

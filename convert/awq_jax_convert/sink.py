@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
+from awq_jax_convert.hf import HFCheckpoint
 from awq_jax_convert.hf_config import CONFIG
-from awq_jax_convert.source import Checkpoint
 
 __all__ = ["BESIDE", "ModelWriter", "narrowed"]
 
@@ -35,14 +35,14 @@ class ModelWriter(abc.ABC):
       nbytes: of the tensors written so far.
     """
 
-    source: Checkpoint
+    source: HFCheckpoint
     nbytes: int = 0
 
     @abc.abstractmethod
     def __enter__(self) -> "ModelWriter": ...
 
     @abc.abstractmethod
-    def __exit__(self, *exc: Any) -> None: ...
+    def __exit__(self, kind: Any, error: Any, trace: Any) -> None: ...
 
     @abc.abstractmethod
     def write_stem(self, stem: Mapping[str, Any]) -> None:

@@ -51,7 +51,10 @@ class Checkpoint(abc.ABC):
         """(module path, why) of the weights outside the layers: they are never quantized."""
         if self.config.tie_embeddings:
             return (("embed", "the embedding is the output head too"),)
-        return (("embed", "an embedding is looked up, not multiplied"), ("lm_head", "every token's logits depend on it"))
+        return (
+            ("embed", "an embedding is looked up, not multiplied"),
+            ("lm_head", "every token's logits depend on it"),
+        )
 
     @abc.abstractmethod
     def paths(self) -> list[str]:

@@ -2,6 +2,7 @@
 import jax.numpy as jnp
 import numpy as np
 import pytest
+
 from awq_jax import QuantSpec, observe, search_clip
 from awq_jax._round import fake_quantize
 

@@ -2,6 +2,7 @@
 import jax.numpy as jnp
 import numpy as np
 import pytest
+
 from awq_jax import QuantSpec, Tie, dequantize, fold_scale, quantize
 from awq_jax.families._table import Group, Linear, Norm
 

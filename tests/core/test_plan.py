@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 import pytest
+
 from awq_jax import QuantSpec, Recipe, Tie, plan_layers
 from awq_jax.families._table import Family, Group, Linear, Norm
 

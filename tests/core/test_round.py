@@ -3,6 +3,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+
 from awq_jax import QTensor, QuantSpec, dequantize, quantize
 from awq_jax._round import fake_quantize
 
@@ -25,7 +26,7 @@ def test_error_is_at_most_half_a_step(rng, bits, group_size, symmetric):
     w = rng.standard_normal((256, 24)).astype(np.float32)
     q = quantize(jnp.asarray(w), spec)
     steps = np.repeat(np.asarray(q.scale, np.float64), 256 // q.scale.shape[0], axis=0)
-    # One ulp of the division may move a weight across a tie, and a symmetric maximum sits half a step past the last code.
+    # One ulp of the division may move a weight across a tie, and a symmetric maximum is half a step past the last code.
     assert np.all(np.abs(np.asarray(dequantize(q), np.float64) - w) <= steps * (0.5 + 1e-5))
 
 
@@ -86,7 +87,9 @@ def test_leading_axes_are_free(rng):
 
 
 def test_group_size_must_divide():
-    with pytest.raises(ValueError, match=r"dimension 96 is not a multiple of group_size=64. Use one that divides it \(32"):
+    with pytest.raises(
+        ValueError, match=r"dimension 96 is not a multiple of group_size=64. Use one that divides it \(32"
+    ):
         quantize(jnp.zeros((96, 4)), QuantSpec(group_size=64))
 
 

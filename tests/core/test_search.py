@@ -3,6 +3,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+
 from awq_jax import QuantSpec, ScaleRule, SearchSpec, Tie, observe, rule, search_scale
 from awq_jax._round import fake_quantize
 from awq_jax._search import candidate_scales
@@ -136,7 +137,7 @@ def test_it_composes_with_jit_vmap_and_eval_shape(rng):
 def test_a_custom_objective_decides(rng):
     x, w = outlier_layer(rng)
     stats = observe(jnp.asarray(x), gram=False)
-    nearest_to_dense = lambda ws: jnp.sum((ws[0] - w) ** 2)  # noqa: E731
+    nearest_to_dense = lambda ws: jnp.sum((ws[0] - w) ** 2)
     result = search_scale(stats, [jnp.asarray(w)], SearchSpec(), SPEC, loss=nearest_to_dense)
     assert result.index == jnp.argmin(result.losses)
 

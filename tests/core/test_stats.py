@@ -5,9 +5,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import PartitionSpec as P
+
 from awq_jax import ActStats, all_reduce, calibrate, merge, observe
 from awq_jax._stats import percentile
-from jax.sharding import PartitionSpec as P
 
 
 def close(a: ActStats, b: ActStats) -> None:
@@ -51,7 +52,7 @@ def test_calibrate_is_a_fold_of_merge(rng):
 @pytest.mark.parametrize("how", ["pmap", "shard_map"])
 def test_eight_devices_see_what_one_sees(rng, how):
     x = jnp.asarray(rng.standard_normal((8, 5, 16)), jnp.float32)
-    seen = lambda part: all_reduce(observe(part, histogram=True), "data")  # noqa: E731
+    seen = lambda part: all_reduce(observe(part, histogram=True), "data")
     if how == "pmap":
         total = jax.tree.map(lambda leaf: leaf[3], jax.pmap(seen, axis_name="data")(x))
     else:

@@ -1,0 +1,111 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The accuracy table of docs/method.md: what each rule, objective and option is worth in KL divergence.
+
+    python benchmarks/accuracy.py                          # the shipped model, plain and with planted outliers
+    python benchmarks/accuracy.py --model DIR --calib calib.txt --text held_out.txt
+
+Writes benchmarks/results/accuracy.json and prints the table as Markdown.
+"""
+
+import argparse
+import dataclasses
+import json
+import pathlib
+import platform
+import tempfile
+from typing import Any
+
+import jax
+
+from awq_jax import stdlib_text
+from awq_jax._spec import QuantSpec, Recipe, SearchSpec, rule
+from awq_jax.demo import MODEL, plant_checkpoint
+from awq_jax.pipeline import quantize_checkpoint
+from awq_jax.run import evaluate_checkpoint
+
+RESULTS = pathlib.Path(__file__).with_name("results") / "accuracy.json"
+
+
+def searches() -> dict[str, SearchSpec]:
+    """Every row of the table."""
+    only = lambda *names: SearchSpec(rules=tuple(rule(name) for name in names), clip_ratios=())
+    return {
+        "round to nearest": only("identity"),
+        "article, literal direction": only("article-literal"),
+        "article, weights up": only("article"),
+        "article, weights up, 99.9th percentile": SearchSpec(
+            rules=(rule("article", statistic="percentile"),), clip_ratios=()
+        ),
+        "paper, top 1 % of channels": SearchSpec(rules=(rule("paper", salient_fraction=0.01),), clip_ratios=()),
+        "paper": only("paper"),
+        "duo": only("duo"),
+        "paper + duo": only("paper", "duo"),
+        "paper + duo, block objective": dataclasses.replace(only("paper", "duo"), objective="block"),
+        "paper + duo + clip (default)": SearchSpec(),
+        "paper + duo + clip, block objective": SearchSpec(objective="block"),
+        "paper + duo + clip, Gram of all tokens": SearchSpec(tokens_per_channel=None),
+    }
+
+
+def measure(
+    src: pathlib.Path, search: SearchSpec, bits: int, calib: pathlib.Path, text: pathlib.Path
+) -> dict[str, Any]:
+    """Quantize and evaluate once."""
+    with tempfile.TemporaryDirectory() as home:
+        out = pathlib.Path(home) / "out"
+        recipe = Recipe(quant=QuantSpec(bits=bits), search=search)
+        report = quantize_checkpoint(src, out, recipe=recipe, calib=calib, format="native")
+        found = evaluate_checkpoint(out, text, base=src)
+    fell_back = sum(layer.fell_back for layer in report.layers)
+    return {**dataclasses.asdict(found), "seconds": sum(report.seconds.values()), "fell_back": fell_back}
+
+
+def to_markdown(rows: list[dict[str, Any]]) -> str:
+    """One line per search; KL, and in brackets its ratio to round to nearest."""
+    columns = list(dict.fromkeys((r["model"], r["bits"]) for r in rows))
+    by_name: dict[str, dict[tuple[str, int], dict[str, Any]]] = {}
+    for row in rows:
+        by_name.setdefault(row["search"], {})[row["model"], row["bits"]] = row
+    base = by_name["round to nearest"]
+    lines = [
+        "| search | " + " | ".join(f"{model} INT{bits}" for model, bits in columns) + " |",
+        "|---" * (len(columns) + 1) + "|",
+    ]
+    for name, found in by_name.items():
+        cells = (f"{found[c]['kl']:.4f} ({found[c]['kl'] / base[c]['kl']:.2f})" if c in found else "" for c in columns)
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Run every search on every model and width."""
+    p = argparse.ArgumentParser(description=str(__doc__).splitlines()[0], allow_abbrev=False)
+    p.add_argument("--model", type=pathlib.Path, default=MODEL)
+    p.add_argument("--calib", type=pathlib.Path, help="default: the standard library's documentation")
+    p.add_argument("--text", type=pathlib.Path, help="default: the held-out part of it")
+    p.add_argument("--bits", type=int, nargs="+", default=[4, 3])
+    p.add_argument("--out", type=pathlib.Path, default=RESULTS)
+    a = p.parse_args()
+    rows: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory() as home:
+        work = pathlib.Path(home)
+        calib, text = a.calib or work / "calib.txt", a.text or work / "text.txt"
+        if a.calib is None:
+            calib.write_text(stdlib_text.documentation("calibration"), encoding="utf-8")
+        if a.text is None:
+            text.write_text(stdlib_text.documentation("heldout"), encoding="utf-8")
+        plant_checkpoint(a.model, work / "planted")
+        for model, src in (("plain", a.model), ("planted", work / "planted")):
+            for bits in a.bits:
+                for name, search in searches().items():
+                    row = {"model": model, "bits": bits, "search": name, **measure(src, search, bits, calib, text)}
+                    rows.append(row)
+                    print(json.dumps(row), flush=True)
+    record = {"versions": {"python": platform.python_version(), "jax": jax.__version__}, "rows": rows}
+    a.out.parent.mkdir(parents=True, exist_ok=True)
+    a.out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    print(to_markdown(rows))
+
+
+if __name__ == "__main__":
+    main()

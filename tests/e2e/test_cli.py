@@ -1,0 +1,103 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command line as its users meet it."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from awq_jax.cli import COMMANDS, main
+from tests.tiny_models import Oracle
+
+FAST = ["--group-size", "32", "--samples", "2", "--seq-len", "32"]
+
+
+@pytest.fixture(scope="module")
+def quantized(llama: Oracle, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("cli") / "out"
+    assert main(["quantize", str(llama.path), str(out), "--calib", str(llama.path / "text.txt"), "--quiet", *FAST]) == 0
+    return out
+
+
+def test_help_imports_nothing_heavy():
+    heavy = "{'jax', 'flax', 'numpy', 'rich', 'transformers', 'orbax', 'tokenizers'}"
+    code = f"import sys; from awq_jax.cli import _parser; _parser().format_help(); print({heavy} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "set()"
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_explains_itself(command: str, capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(SystemExit) as stopped:
+        main([command, "--help"])
+    assert stopped.value.code == 0
+    said = capsys.readouterr().out
+    assert f"awq-jax {command}" in said and len(said.splitlines()) > 8
+
+
+def test_wrong_arguments_exit_with_2(capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(SystemExit) as stopped:
+        main(["quantize", "--bits", "5", "a", "b"])
+    assert stopped.value.code == 2
+    assert "invalid choice" in capsys.readouterr().err
+
+
+def test_json_is_all_that_stands_on_stdout(llama: Oracle, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    arguments = ["quantize", str(llama.path), str(tmp_path / "out"), "--calib", str(llama.path / "text.txt"), "--json"]
+    assert main([*arguments, *FAST]) == 0
+    said = capsys.readouterr()
+    report = json.loads(said.out)
+    assert report["coverage"]["awq"] + report["coverage"].get("rtn", 0) == 21
+    assert re.search(r"3/3 layer 2: output error", said.err)
+    assert "weights:" in said.err
+
+
+def test_without_calibration_text_there_is_a_loud_warning(llama: Oracle, tmp_path: Path, capsys):
+    assert main(["quantize", str(llama.path), str(tmp_path / "out"), *FAST]) == 0
+    assert "no calibration text was given" in " ".join(capsys.readouterr().err.split())
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "no calibration text was given" in card
+
+
+def test_eval_reports_perplexity_and_kl(quantized: Path, llama: Oracle, capsys: pytest.CaptureFixture[str]):
+    arguments = ["eval", str(quantized), "--text", str(llama.path / "text.txt"), "--ctx", "32", "--tokens", "256"]
+    assert main([*arguments, "--base", str(llama.path), "--json", "--quiet"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert 0 < found["kl"] < 1 and found["tokens"] == 8 * 31
+    assert main([*arguments, "--base", str(quantized), "--json", "--quiet"]) == 0
+    assert abs(json.loads(capsys.readouterr().out)["kl"]) < 1e-6
+    assert main([*arguments, "--quiet"]) == 0
+    assert re.match(r"perplexity +\d+\.\d+ \+- ", capsys.readouterr().out)
+
+
+def test_generate_continues_the_prompt(quantized: Path, capsys: pytest.CaptureFixture[str]):
+    assert main(["generate", str(quantized), "--prompt", "The quick", "--max-new-tokens", "8", "--json"]) == 0
+    made = json.loads(capsys.readouterr().out)
+    assert made["prompt"] == "The quick" and 1 <= len(made["tokens"]) <= 8
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--prompt", ""], "prompt is empty"),
+        (["--prompt", "a", "--max-new-tokens", "1000"], "Ask for at most 12"),
+        (["--prompt", "a", "--temperature", "-1"], "temperature is -1.0"),
+        (["--prompt", "a", "--temperature", "1", "--top-p", "0"], "top_p is 0.0"),
+    ],
+)
+def test_generate_refuses(quantized: Path, options: list[str], message: str, capsys: pytest.CaptureFixture[str]):
+    assert main(["generate", str(quantized), *options]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_inspect_lists_every_weight(quantized: Path, llama: Oracle, capsys: pytest.CaptureFixture[str]):
+    assert main(["inspect", str(quantized), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    forms = {row["path"]: row["form"] for row in found["parameters"]}
+    assert forms["layers/2/mlp/down/kernel"] == "int4 g32" and forms["norm/scale"] == "float32"
+    assert sum(row["nbytes"] for row in found["parameters"]) == found["nbytes"]
+    assert main(["inspect", str(llama.path)]) == 0
+    assert "dense" in capsys.readouterr().out

@@ -1,0 +1,195 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Bad input through the command line: exit code 2 (input) or 1 (system), a message with a remedy, and no output."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.numpy import load_file, save_file
+
+from awq_jax.cli import main
+from tests.tiny_models import Oracle
+
+FAST = ["--group-size", "32", "--samples", "2", "--seq-len", "32", "--quiet"]
+
+
+def truncate(d: Path) -> None:
+    os.truncate(d / "model.safetensors", (d / "model.safetensors").stat().st_size - 100)
+
+
+def edit_config(**changes: object) -> Callable[[Path], None]:
+    def change(d: Path) -> None:
+        config = json.loads((d / "config.json").read_text())
+        (d / "config.json").write_text(json.dumps({**config, **changes}))
+
+    return change
+
+
+def edit_tensors(change: Callable[[dict[str, np.ndarray]], None]) -> Callable[[Path], None]:
+    def apply(d: Path) -> None:
+        tensors = load_file(d / "model.safetensors")
+        change(tensors)
+        save_file(tensors, d / "model.safetensors", metadata={"format": "pt"})
+
+    return apply
+
+
+def index_outside(d: Path) -> None:
+    (d / "model.safetensors").rename(d.parent / "elsewhere.safetensors")
+    index = {"weight_map": {"model.norm.weight": "../elsewhere.safetensors"}}
+    (d / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def missing_shard(d: Path) -> None:
+    (d / "model.safetensors").unlink()
+    index = {"weight_map": {"model.norm.weight": "model-00001-of-00002.safetensors"}}
+    (d / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def pickled(d: Path) -> None:
+    (d / "model.safetensors").rename(d / "pytorch_model.bin")
+
+
+def nan_weight(tensors: dict[str, np.ndarray]) -> None:
+    name = "model.layers.1.mlp.up_proj.weight"
+    tensors[name] = tensors[name].copy()
+    tensors[name][3, 5:7] = np.nan
+
+
+def extra(tensors: dict[str, np.ndarray]) -> None:
+    tensors["model.layers.0.self_attn.surprise"] = np.zeros(3, np.float32)
+
+
+def text(content: bytes) -> Callable[[Path], None]:
+    def change(d: Path) -> None:
+        (d / "text.txt").write_bytes(content)
+
+    return change
+
+
+def no_tokenizer(d: Path) -> None:
+    (d / "tokenizer.json").unlink()
+
+
+def nothing(d: Path) -> None:
+    pass
+
+
+CASES: list[tuple[str, Callable[[Path], None], list[str], str]] = [
+    ("truncated", truncate, [], r"model\.safetensors.*(?s:.*)download"),
+    ("missing-shard", missing_shard, [], r"shard 'model-00001-of-00002\.safetensors' is missing"),
+    ("outside", index_outside, [], r"'\.\./elsewhere\.safetensors'.*only plain file names"),
+    ("pickled", pickled, [], r"pickled weights can run code"),
+    ("unknown-tensor", edit_tensors(extra), [], r"match no key of family 'llama'.*surprise"),
+    ("architecture", edit_config(architectures=["MambaForCausalLM"]), [], r"'MambaForCausalLM' is not supported"),
+    ("attribute", edit_config(surprise=1), [], r"does not know surprise=1"),
+    ("layers", edit_config(num_hidden_layers=10**9), [], r"num_layers is 1000000000"),
+    ("group", nothing, ["--group-size", "48"], r"64 is not a multiple of group_size=48.*32"),
+    ("bits", nothing, ["--bits", "3", "--format", "autoawq"], r"hold 4 bits, not 3.*native"),
+    ("override", nothing, ["--override", "layers/9/*=float"], r"override 'layers/9/\*' matches no weight"),
+    ("override-word", nothing, ["--override", "*=bitz:3"], r"expected GLOB=float, GLOB=bits:N"),
+    ("rule", nothing, ["--rules", "magic"], r"unknown scale rule 'magic'"),
+    ("samples", nothing, ["--samples", "0"], r"samples"),
+    ("seq-len", nothing, ["--seq-len", "0"], r"seq.len"),
+    ("batch", nothing, ["--batch", "0"], r"batch"),
+    ("empty-text", text(b""), [], r"text\.txt is empty"),
+    ("short-text", text(b"two words"), [], r"fewer than one sample of seq_len=32.*--seq-len"),
+    ("binary-text", text(b"\xff\xfe\x00"), [], r"not UTF-8"),
+    ("no-tokenizer", no_tokenizer, [], r"no tokenizer\.json.*input_ids"),
+    ("nan", edit_tensors(nan_weight), [], r"'model\.layers\.1\.mlp\.up_proj\.weight'.* 2 NaN or infinite"),
+]
+
+
+@pytest.mark.parametrize(("damage", "options", "message"), [c[1:] for c in CASES], ids=[c[0] for c in CASES])
+def test_is_refused_with_a_reason_and_leaves_nothing(
+    damaged: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], damage, options: list[str], message: str
+):
+    damage(damaged)
+    before = set(tmp_path.rglob("*"))
+    code = main(
+        ["quantize", str(damaged), str(tmp_path / "out"), "--calib", str(damaged / "text.txt"), *FAST, *options]
+    )
+    said = capsys.readouterr().err
+    assert code == 2
+    assert re.search(message, said), said
+    assert set(tmp_path.rglob("*")) == before
+
+
+def test_a_missing_source_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    assert main(["quantize", str(tmp_path / "nowhere"), str(tmp_path / "out")]) == 2
+    assert "nowhere is not a directory" in capsys.readouterr().err
+
+
+def test_an_existing_output_is_kept(llama: Oracle, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine").write_text("precious")
+    arguments = ["quantize", str(llama.path), str(tmp_path / "out"), "--calib", str(llama.path / "text.txt"), *FAST]
+    assert main(arguments) == 2
+    assert "choose another name" in capsys.readouterr().err
+    assert main([*arguments, "--overwrite"]) == 2  # not ours
+    assert "no awq_jax_manifest.json in it" in capsys.readouterr().err
+    assert (tmp_path / "out" / "mine").read_text() == "precious"
+
+
+def test_a_quantized_source_is_refused(llama: Oracle, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    calib = ["--calib", str(llama.path / "text.txt")]
+    assert main(["quantize", str(llama.path), str(tmp_path / "once"), *calib, *FAST]) == 0
+    assert main(["quantize", str(tmp_path / "once"), str(tmp_path / "twice"), *calib, *FAST]) == 2
+    assert "already quantized" in capsys.readouterr().err
+
+
+def test_infinite_activations_leave_the_layer_rounded_and_named(damaged: Path, tmp_path: Path):
+    def overflow(tensors: dict[str, np.ndarray]) -> None:
+        tensors["model.layers.1.mlp.up_proj.weight"] = np.full_like(tensors["model.layers.1.mlp.up_proj.weight"], 1e37)
+        tensors["model.layers.1.mlp.down_proj.weight"] = tensors["model.layers.1.mlp.down_proj.weight"].copy() * 1e-30
+
+    edit_tensors(overflow)(damaged)
+    arguments = ["quantize", str(damaged), str(tmp_path / "out"), "--calib", str(damaged / "text.txt"), *FAST]
+    assert main([*arguments, "--format", "native", "--scale-dtype", "float32"]) == 0
+    report = json.loads((tmp_path / "out" / "awq_jax_report.json").read_text())
+    reasons = {linear["path"]: linear["reason"] for linear in report["layers"][1]["linears"]}
+    assert "layers/1/mlp/down are not finite" in reasons["layers/1/mlp/down"]
+
+
+def test_a_full_disk_leaves_nothing_and_says_what_is_needed(llama: Oracle, tmp_path: Path):
+    code = (
+        "import resource, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN);"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000));"
+        "from awq_jax.cli import main; sys.exit(main(sys.argv[1:]))"
+    )
+    arguments = ["quantize", str(llama.path), str(tmp_path / "out"), "--calib", str(llama.path / "text.txt"), *FAST]
+    done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=False)
+    assert done.returncode == 1, done.stderr
+    assert "bytes are needed" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_interrupt_leaves_nothing(llama: Oracle, tmp_path: Path):
+    code = (
+        "import os, signal, sys; import awq_jax.pipeline as p; real = p.layer_report;"
+        "p.layer_report = lambda *a: (os.kill(os.getpid(), signal.SIGINT), real(*a))[1];"
+        "from awq_jax.cli import main; sys.exit(main(sys.argv[1:]))"
+    )
+    arguments = ["quantize", str(llama.path), str(tmp_path / "out"), "--calib", str(llama.path / "text.txt"), *FAST]
+    done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=False)
+    assert done.returncode == 130, done.stderr
+    assert "interrupted" in done.stderr
+    assert not list(tmp_path.iterdir())
+    assert signal.SIGINT  # the signal that was sent
+
+
+def test_torch_is_never_imported(llama: Oracle, tmp_path: Path):
+    code = "import sys; from awq_jax.cli import main; main(sys.argv[1:]); print('torch' in sys.modules)"
+    arguments = ["quantize", str(llama.path), str(tmp_path / "out"), "--calib", str(llama.path / "text.txt"), *FAST]
+    done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"
+    assert torch  # it is installed here, so that the line above could have been True
