@@ -56,8 +56,8 @@ class Gpu:
 
 
 GPUS = {
-    "h100": Gpu("NVIDIA H100 80GB HBM3", 3350, 989, 79),
-    "h200": Gpu("NVIDIA H200", 4800, 989, 139),
+    "h100": Gpu("NVIDIA H100 80GB HBM3", 3350.0, 989.0, 79),
+    "h200": Gpu("NVIDIA H200", 4800.0, 989.0, 139),
 }
 
 
@@ -71,7 +71,8 @@ class Kernel:
       spill_bytes: stored to and loaded from local memory.
       ptx: text.
       loop: machine instructions of the innermost loop that holds matrix instructions, by opcode; loads and stores
-        carry their width in bits, as in ``LDS.128``. Empty without nvdisasm.
+        carry their width in bits, as in ``LDS.128``.
+      products: the operands of the loop's matrix instructions, as the listing writes them.
     """
 
     name: str
@@ -79,6 +80,7 @@ class Kernel:
     spill_bytes: int
     ptx: str = field(repr=False)
     loop: dict[str, int]
+    products: tuple[str, ...] = field(repr=False)
 
 
 @dataclass(frozen=True)
@@ -98,7 +100,7 @@ def missing() -> str | None:
     return None if _tool("ptxas") and _tool("nvdisasm") else "needs nvidia-cuda-nvcc and nvidia-cuda-nvdisasm"
 
 
-def compile_program(program: Program, gpu: str = "h100", *, timeout_s: float = 300) -> Compiled:
+def compile_program(program: Program, gpu: str = "h100", *, timeout_s: float = 300.0) -> Compiled:
     """Compile a program for one GPU.
 
     Args:
@@ -160,7 +162,8 @@ def _assemble(ptx: str) -> Kernel:
         registers=int(used[1]) if used else 0,
         spill_bytes=sum(int(n) for n in re.findall(r"(\d+) bytes spill", said)),
         ptx=ptx,
-        loop=sass.main_loop(listing),
+        loop=sass.count(loop := sass.main_loop(listing)),
+        products=tuple(operands for opcode, operands in loop if opcode.startswith("HGMMA")),
     )
 
 

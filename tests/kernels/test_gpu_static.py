@@ -1,0 +1,79 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The Hopper kernel as the assembler sees it, compiled for a GPU that is not here, with the JAX installed here."""
+
+import dataclasses
+
+import pytest
+
+from awq_jax_kernels.aot import gpu
+from awq_jax_kernels.bench import gpu_static
+from awq_jax_kernels.int4_matmul.pallas_gpu import BlockConfig, derive
+
+pytestmark = [
+    pytest.mark.compile,
+    pytest.mark.skipif(gpu.missing() is not None, reason=f"cannot compile for a GPU: {gpu.missing()}"),
+]
+
+K, N = 4096, 14336
+BUDGET = {False: 2.65, True: 2.3}  # instructions per weight of the decode loop: on packed bytes, on tiles
+
+
+def kernel_of(compiled):
+    assert not compiled.error, compiled.error
+    assert compiled.temp_bytes == 0, "a product needs no device memory beside its operands"
+    (kernel,) = compiled.kernels
+    assert kernel.spill_bytes == 0 and "LDL.32" not in kernel.loop
+    assert kernel.loop["HGMMA"] == 16, "one step of 128 rows and 128 channels is sixteen products"
+    return kernel
+
+
+@pytest.mark.parametrize("tiles", [False, True])
+@pytest.mark.parametrize("m", [1, 16])
+def test_decode_stays_within_its_instructions(m, tiles):
+    kernel = kernel_of(gpu.compile_program(gpu_static.program(m, K, N, tiles=tiles)))
+    per_weight = gpu_static.counts(kernel, derive(m, K, N, 128, exact=False).step)
+    assert sum(per_weight.values()) <= BUDGET[tiles], per_weight
+    assert sum(per_weight.values()) - per_weight["uniform"] <= BUDGET[tiles] - 0.3, per_weight
+    assert kernel.loop.get("LDS.128", 0) == (4 if tiles else 0)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        BlockConfig(8, split=2),
+        BlockConfig(16, deep=2, stages=10),
+        BlockConfig(32),
+        BlockConfig(64, deep=2, stages=7, scale_weight=True),
+        BlockConfig(64, wide=2, deep=1, stages=5, split=2, scale_weight=True),
+        BlockConfig(128, deep=2, stages=5, scale_weight=True),
+        BlockConfig(128, wide=2, deep=1, stages=4, split=2, scale_weight=True),
+    ],
+    ids=lambda c: "-".join(str(v) for v in dataclasses.astuple(c)[:6]),
+)
+@pytest.mark.parametrize("tiles", [False, True])
+def test_every_cut_compiles_without_spills(config, tiles):
+    kernel_of(gpu.compile_program(gpu_static.program(config.tokens, K, N, tiles=tiles, config=config)))
+
+
+@pytest.mark.parametrize("config", [None, BlockConfig(64, deep=2, stages=7, scale_weight=True)])
+@pytest.mark.parametrize(
+    ("dtype", "scale_dtype", "zeros"), [("float16", "float16", True), ("bfloat16", "float32", False)]
+)
+def test_other_dtypes_compile(config, dtype, scale_dtype, zeros):
+    more = {"dtype": dtype, "scale_dtype": scale_dtype, "zeros": zeros}
+    kernel_of(gpu.compile_program(gpu_static.program(40, 1024, 256, tiles=False, config=config, **more)))
+
+
+def test_a_product_in_flight_and_the_next_operand_share_no_registers():
+    """The loop that keeps one product in flight makes two operands in turn; the second may not overwrite the first."""
+    config = BlockConfig(64, deep=2, stages=7, scale_weight=True)
+    kernel = kernel_of(gpu.compile_program(gpu_static.program(64, K, N, tiles=True, config=config)))
+    operands = [line.split(",")[1].strip() for line in kernel.products]
+    first, second = operands[:8], operands[8:]
+    assert len(set(operands)) == 16 and not set(first) & set(second), operands
+
+
+def test_a_program_that_fails_says_why():
+    config = BlockConfig(128, deep=2, stages=9, scale_weight=True)
+    compiled = gpu.compile_program(gpu_static.program(128, K, N, tiles=True, config=config))
+    assert "shared memory" in compiled.error
