@@ -140,7 +140,7 @@ def jobs_of(k: int, n: int, m: int) -> list[Job]:
     config = derive(m, k, n, 128, exact=False)
     jobs.append(Job(k, n, m, "fused", "bytes", chain(functools.partial(int4_matmul, config=config)), config))
     if m in PEERS.get((k, n), ()):
-        jobs.append(Job(k, n, m, "xla", "bytes", chain(xla.grouped if hasattr(xla, "grouped") else xla.int4_matmul)))
+        jobs.append(Job(k, n, m, "xla", "bytes", chain(xla.int4_matmul)))
         dense = lambda x, *w: x @ reference.dequantize(*w).astype(x.dtype)
         jobs.append(Job(k, n, m, "dequantize", "bytes", chain(dense)))
     return jobs
@@ -165,7 +165,8 @@ def device_times(jobs: list[Job], data: Any, calls: int = 4) -> None:
                 jax.block_until_ready(job.program(*args))
             job.result["products"] = calls * len(args[0])
     (file,) = glob.glob(folder + "/**/*.xplane.pb", recursive=True)
-    lines = [line for plane in jax.profiler.ProfileData.from_file(file).planes if "GPU" in plane.name for line in plane.lines]
+    planes = [plane for plane in jax.profiler.ProfileData.from_file(file).planes if "GPU" in plane.name]
+    lines = [line for plane in planes for line in plane.lines]
     events = sorted((e.start_ns, e.duration_ns, e.name) for line in lines if "Stream" in line.name for e in line.events)
     bursts: list[list[Any]] = []
     for event in events:
@@ -206,7 +207,7 @@ def end_to_end(job: Job, data: Any, length: int = 48) -> float:
 
 def main() -> None:
     """Compile everything, time it, print a table and write it."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--out", type=pathlib.Path, required=True)
     parser.add_argument("--tuned", type=pathlib.Path, help="write the winners here")
     parser.add_argument("--deadline", type=float, default=1e9, help="seconds after which nothing more is compiled")
@@ -257,8 +258,8 @@ def table(jobs: list[Job]) -> list[dict[str, Any]]:
         rows.append(row)
         c = j.config
         short = "" if c is None else f"t{c.tokens} w{c.wide} d{c.deep} s{c.split} {c.step}x{c.stages}"
-        error = f"{row['error']:.4f}" if j.name != "bf16" else ""
-        print(f"{j.k}x{j.n} {j.m:4} {j.name[:5]:5} {j.operands:5} {us:8.2f} {ratio:5.2f} {row['TB_s']:.2f} {error} {short}")
+        short += f" {row['error']:.4f}" if j.name != "bf16" else ""
+        print(f"{j.k}x{j.n} {j.m:4} {j.name[:5]:5} {j.operands:5} {us:8.2f} {ratio:5.2f} {row['TB_s']:.2f} {short}")
     return rows
 
 

@@ -126,9 +126,8 @@ def compile_program(program: Program, gpu: str = "h100", *, timeout_s: float = 3
         }
         command = [sys.executable, "-m", "awq_jax_kernels.aot.gpu", name]
         try:
-            done = subprocess.run(
-                command, env={**os.environ, **environment}, capture_output=True, text=True, timeout=timeout_s, check=False
-            )
+            settings = {"capture_output": True, "text": True, "timeout": timeout_s, "check": False}
+            done = subprocess.run(command, env={**os.environ, **environment}, **settings)
         except subprocess.TimeoutExpired:
             return Compiled(error=f"no result in {timeout_s:g} s")
         answer = folder / "answer.json"
@@ -208,7 +207,8 @@ def _compile(program: Program, gpu: Gpu) -> dict[str, Any]:
     place = lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
     traced = jax.jit(function).trace(*jax.tree.map(place, shapes))
     compiled = traced.lower(lowering_platforms=("cuda",)).compile()
-    return {"temp_bytes": compiled.memory_analysis().temp_size_in_bytes}
+    memory: Any = compiled.memory_analysis()
+    return {"temp_bytes": memory.temp_size_in_bytes}
 
 
 if __name__ == "__main__":

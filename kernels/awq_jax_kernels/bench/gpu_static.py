@@ -41,7 +41,9 @@ def product(
     return lambda *operands: pallas_gpu.int4_matmul(*operands, config=chosen), shapes
 
 
-def program(m: int, k: int, n: int, *, tiles: bool, config: pallas_gpu.BlockConfig | None = None, **more: Any) -> Program:
+def program(
+    m: int, k: int, n: int, *, tiles: bool, config: pallas_gpu.BlockConfig | None = None, **more: Any
+) -> Program:
     """`product` as data."""
     arguments = {"m": m, "k": k, "n": n, "tiles": tiles, **more}
     if config is not None:
@@ -50,7 +52,7 @@ def program(m: int, k: int, n: int, *, tiles: bool, config: pallas_gpu.BlockConf
 
 
 def counts(kernel: Kernel, step: int) -> dict[str, float]:
-    """Instructions per weight by kind; "uniform" is what runs on the scalar unit of a warp, which takes issue slots too.
+    """Instructions per weight by kind; "uniform" ones run on a warp's scalar unit, and take issue slots too.
 
     The sum is the whole loop.
     """
@@ -89,7 +91,7 @@ def _record(compiled: Compiled, step: int) -> dict[str, Any]:
 
 def main() -> None:
     """Print the report as a table, or as JSON."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--gpu", choices=GPUS, default="h100")
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
@@ -100,7 +102,7 @@ def main() -> None:
         kinds = " ".join(f"{name} {value}" for name, value in record["per_weight"].items())
         loads = " ".join(f"{count} {op}" for op, count in record["loads"].items())
         print(
-            f"m={record['m']:<4} {record['bytes']:6} {record['registers']} registers, {record['spill_bytes']} B spilled,"
+            f"m={record['m']:<4} {record['bytes']:6} {record['registers']} registers, {record['spill_bytes']} B spills,"
             f" {record['wgmma']} wgmma, {loads}; a weight: {record['total']} ({kinds})"
         )
 

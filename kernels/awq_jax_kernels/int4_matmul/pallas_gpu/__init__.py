@@ -5,6 +5,7 @@
 `combine` adds up what was split, `tiles` is an order of the bytes that saves a few instructions, `config` chooses.
 """
 
+import functools
 from typing import Any
 
 import jax
@@ -70,7 +71,30 @@ def int4_matmul(
     rows = m if m < 8 else -(-m // 8) * 8  # a bulk copy fills rows past the end with zeros, up to its tile of eight
     if rows != m:
         x = jnp.pad(x, ((0, rows - m), (0, 0)))
-    return fused(x, packed, scale, zero, config)[:m]
+    return _batched(config)(x, packed, scale, zero)[:m]
+
+
+@functools.cache
+def _batched(config: BlockConfig) -> Any:
+    """The kernel with a batching rule: a loop, since a bulk copy reads whole operands and not a slice of a stack."""
+
+    @jax.custom_batching.custom_vmap
+    def product(x: Any, packed: Any, scale: Any, zero: Any) -> Any:
+        return fused(x, packed, scale, zero, config)
+
+    @product.def_vmap
+    def _(size: int, mapped: Any, *operands: Any) -> tuple[Any, bool]:
+        leaves, structure = jax.tree.flatten(operands)
+        flags = jax.tree.leaves(mapped)
+
+        def one(stacked: Any) -> Any:
+            rest = iter(stacked)
+            chosen = [next(rest) if flag else leaf for leaf, flag in zip(leaves, flags, strict=True)]
+            return product(*jax.tree.unflatten(structure, chosen))
+
+        return jax.lax.map(one, [leaf for leaf, flag in zip(leaves, flags, strict=True) if flag]), True
+
+    return product
 
 
 def _exact(dtype: Any, scale_dtype: Any) -> bool:

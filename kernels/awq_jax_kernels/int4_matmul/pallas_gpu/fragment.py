@@ -92,7 +92,7 @@ def _splat_zeros(ref: ir.Value | None, dtype: Any) -> list[ir.Value]:
     return [pure("prmt.b32", word, const(magic >> 8), const(0x4040 + 0x0101 * i)) for i in range(4)]
 
 
-def _scales(ref: ir.Value) -> list[ir.Value]:
+def _scales(ref: ir.Value) -> list[Any]:
     """The four channels' scales in float32."""
     element, f32 = ir.MemRefType(ref.type).element_type, ir.F32Type.get()
     size = mgpu.bytewidth(element)
@@ -102,7 +102,7 @@ def _scales(ref: ir.Value) -> list[ir.Value]:
     return values if element == f32 else [arith.extf(f32, v) for v in values]
 
 
-def _splat_scales(ref: ir.Value, dtype: Any) -> list[ir.Value]:
+def _splat_scales(ref: ir.Value, dtype: Any) -> list[Any]:
     """Each scale twice in a word, rounded to the dtype of x if it is wider."""
     name = "bf16" if jnp.dtype(dtype) == jnp.bfloat16 else "f16"
     i32 = ir.IntegerType.get_signless(32)
@@ -153,9 +153,10 @@ def dequantize(
 def add_scaled(total: mgpu.FragmentedArray, partial: mgpu.FragmentedArray, scale: ir.Value) -> mgpu.FragmentedArray:
     """``total + partial * scale`` for float32 ``[128, m]`` results of one group, one scale per row."""
     scales = _scales(scale)
-    registers = total.registers.copy()
+    registers: Any = total.registers.copy()
+    more: Any = partial.registers
     pair = ir.VectorType.get((2,), ir.F32Type.get())
     for index in np.ndindex(registers.shape):
         factor = vector.broadcast(pair, scales[2 * index[0] + index[4]])
-        registers[index] = llvm.intr_fma(partial.registers[index], factor, registers[index])
+        registers[index] = llvm.intr_fma(more[index], factor, registers[index])
     return mgpu.FragmentedArray(_registers=registers, _layout=total.layout, _is_signed=None)

@@ -261,8 +261,8 @@ class _Reader:
             arg_types=(MATRIX, MATRIX, PLAIN),
             return_type=plgpu.ShapeDtypeStruct(shape, jnp.float32, layout=MATRIX),
         )
-        def add_scaled(_: Any, total: Any, partial: Any, scale: Any) -> Any:
-            return fragment.add_scaled(total, partial, scale)
+        def add_scaled(_: Any, *operands: Any) -> Any:
+            return fragment.add_scaled(*operands)
 
         def body(t: Any, total: Any) -> Any:
             slot = self.wait(t)
@@ -273,7 +273,7 @@ class _Reader:
                         self.multiply(acc, slot, row * per_group + unit)
                     return acc[...]
 
-                partial = pl.run_scoped(group, plgpu.ACC(shape))
+                partial = pl.run_scoped(group, plgpu.WGMMAAccumulatorRef(shape))
                 total = add_scaled(total, partial, self.per_group("ss", slot, row))
             self.release(t)
             return total
@@ -300,7 +300,7 @@ class _Reader:
 
             return acc[...]
 
-        return pl.run_scoped(run, plgpu.ACC((CHANNELS, self.plan.config.tokens)))
+        return pl.run_scoped(run, plgpu.WGMMAAccumulatorRef((CHANNELS, self.plan.config.tokens)))
 
 
 def _finish(plan: _Plan, total: Any, scratch: Any, y: Any, place: Any, turn: Any, block_n: Any, block_m: Any) -> None:

@@ -57,7 +57,7 @@ class Copy:
             gmem_slice=tuple(mgpu.ds(start, size) for start, size in self.window(step)),
             gmem_transform=() if self.tile is None else mgpu.TileTransform(self.tile),
             swizzle=None if self.tile is None else 128,
-            barrier=mgpu.BarrierRef(barrier, const(0), None, 1),
+            barrier=mgpu.BarrierRef(barrier, const(0), const(0), 1),
             arrive=False,
             predicate=lane,
         )
@@ -78,7 +78,7 @@ def _wait(barrier: ir.Value, parity: ir.Value) -> None:
 
 
 def initialize(barriers: ir.Value, readers: int) -> None:
-    """Set up int32 ``[2 * stages, 2]``, 64 bits a barrier: one arrival fills a slot, one per warp of its readers frees it."""
+    """Set up int32 ``[2 * stages, 2]``, 64 bits a barrier: one arrival fills a slot, one a reading warp frees it."""
     stages = ir.MemRefType(barriers.type).shape[0] // 2
     first = arith.cmpi(arith.CmpIPredicate.eq, mgpu.thread_idx(), const(0))
     with mgpu.when(first):

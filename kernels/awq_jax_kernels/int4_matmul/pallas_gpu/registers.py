@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The few words of MLIR that the rest is written in: constants, pointers and single PTX instructions."""
 
+from typing import Any
+
 from jax.experimental.mosaic import gpu as mgpu
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm
@@ -14,7 +16,7 @@ def const(value: int) -> ir.Value:
     return arith.constant(i32, ir.IntegerAttr.get(i32, value - (1 << 32) if value >= 1 << 31 else value))
 
 
-def pure(instruction: str, *operands: ir.Value) -> ir.Value:
+def pure(instruction: str, *operands: ir.Value) -> Any:
     """One PTX instruction on 32-bit registers, free to be moved or merged."""
     i32 = ir.IntegerType.get_signless(32)
     slots = ", ".join(f"${i}" for i in range(len(operands) + 1))
@@ -22,7 +24,7 @@ def pure(instruction: str, *operands: ir.Value) -> ir.Value:
     return llvm.inline_asm(i32, list(operands), f"{instruction} {slots};", constraints, has_side_effects=False)
 
 
-def asm(text: str, constraints: str, *operands: ir.Value, result: ir.Type | None = None) -> ir.Value:
+def asm(text: str, constraints: str, *operands: ir.Value, result: ir.Type | None = None) -> Any:
     """PTX that stays where it is written."""
     kind = ir.Type.parse("!llvm.void") if result is None else result
     return llvm.inline_asm(kind, list(operands), text, constraints, has_side_effects=True)
