@@ -14,7 +14,7 @@ from awq_jax_kernels.int4_matmul import int4_matmul, refusal
 from tests.kernels.cases import ALIGNED, ODD, Case
 from tests.kernels.contract import CODES, check, make_problem
 
-ANYWHERE = ["xla", "reference", None]
+ANYWHERE = ["xla", "reference"]
 
 
 @pytest.mark.parametrize("implementation", ANYWHERE)
@@ -23,6 +23,12 @@ ANYWHERE = ["xla", "reference", None]
 def test_contract(rng, case, dtype, implementation):
     product = functools.partial(int4_matmul, implementation=implementation)
     check(product, make_problem(rng, case, dtype=dtype, zeros=True))
+
+
+@pytest.mark.parametrize("case", [ALIGNED[1], ODD[0]], ids=str)
+def test_contract_without_a_name(rng, case):
+    """The choice is staged for every platform, and the program runs on this one."""
+    check(int4_matmul, make_problem(rng, case))
 
 
 @pytest.mark.parametrize("implementation", ANYWHERE)

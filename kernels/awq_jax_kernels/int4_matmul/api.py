@@ -116,9 +116,9 @@ def _check(x: Any, packed: Any, scale: Any, zero: Any) -> None:
 def _refuse(x: Any, packed: Any, scale: Any, zero: Any, implementation: Implementation | None, config: Any) -> None:
     """Raise with every reason if nothing can run."""
     names: tuple[Implementation, ...] = ("tpu", "gpu", "xla") if implementation is None else (implementation,)
-    reasons = {name: refusal(name, x, packed, scale, zero, config=config) for name in names}
     # Without a name the program may be lowered for any platform, and "xla" is the only one that runs on all of them.
-    if reasons[names[-1]] is not None:
+    if refusal(names[-1], x, packed, scale, zero, config=config) is not None:
+        reasons = {name: refusal(name, x, packed, scale, zero, config=config) for name in names}
         listed = "; ".join(f"{name}: {reason}" for name, reason in reasons.items() if reason)
         raise ValueError(
             f"no implementation of int4_matmul takes x {x.dtype}{list(x.shape)}, packed {list(packed.shape)}, "
@@ -173,10 +173,13 @@ def _choose(implementation: Implementation | None, config: Any, x: Any, packed: 
     """Run the implementation named, or stage one per platform and let lowering pick.
 
     The platform is that of the lowering, not of this process: a program exported for a TPU on a CPU gets the kernel.
+    Staging the GPU's takes seconds, so only a process that has a GPU does.
     """
     if implementation is not None:
         return _run(implementation, x, packed, scale, zero, config=config)
-    kernels: dict[str, Implementation] = {"tpu": "tpu", "cuda": "gpu"}
+    kernels: dict[str, Implementation] = {"tpu": "tpu"}
+    if jax.default_backend() == "gpu":
+        kernels["cuda"] = "gpu"
     branches = {
         platform: functools.partial(_run, kernel)
         for platform, kernel in kernels.items()

@@ -12,7 +12,7 @@ import jax
 
 from awq_jax_kernels.chips import TPUS, Tpu, tpu_of
 
-__all__ = ["BlockConfig", "Variant", "choose", "derive", "here", "tuned_key", "vmem_bytes"]
+__all__ = ["BlockConfig", "Variant", "choose", "derive", "for_tpu", "here", "tuned_key", "vmem_bytes"]
 
 Variant = Literal["A", "B", "D", "E", "F"]
 
@@ -56,7 +56,14 @@ def choose(m: int, k: int, n: int, g: int, *, zeros: bool, exact: bool) -> Block
       exact: x has more than eight bits, so weights may not be rounded to bfloat16.
     """
     tpu = here()
-    tuned = None if tpu is None or exact else _tuned(tpu.name).get(tuned_key(m, k, n, g, zeros))
+    return (
+        derive(m, k, n, g, tpu=None, exact=exact) if tpu is None else for_tpu(tpu, m, k, n, g, zeros=zeros, exact=exact)
+    )
+
+
+def for_tpu(tpu: Tpu, m: int, k: int, n: int, g: int, *, zeros: bool, exact: bool) -> BlockConfig:
+    """`choose` for a given TPU."""
+    tuned = None if exact else _tuned(tpu.name).get(tuned_key(m, k, n, g, zeros))
     return tuned or derive(m, k, n, g, tpu=tpu, exact=exact)
 
 
@@ -74,7 +81,7 @@ def derive(m: int, k: int, n: int, g: int, *, tpu: Tpu | None, exact: bool) -> B
         elif tpu.bf16_vpu:
             variant = "B" if exact else "E"
         else:
-            variant = "F" if wide else "A"
+            variant = "F" if wide else "A" if g % 128 == 0 else "B"
     cores = 2 if tpu is not None and tpu.megacore and n % 256 == 0 else 1
     chunk = 256 if k % 256 == 0 and g < k else 128
     base = BlockConfig(variant, chunk=chunk, cores=cores, vmem_mib=14 if tpu is None else tpu.vmem_mib * 7 // 8)

@@ -71,8 +71,6 @@ def int4_matmul(
     parts = _PARTS[str(x.dtype)]
     if config is None:
         config = choose(parts * m, k, n, k // scale.shape[0], zeros=zero is not None, exact=parts > 1)
-        if config.variant == "A" and supports(x, packed, scale, zero, config=config):
-            config = BlockConfig(**{**vars(config), "variant": "B"})
     if reason := supports(x, packed, scale, zero, config=config):
         raise ValueError(f"{config} does not fit x {x.shape} and packed {packed.shape}: {reason}.")
     if scale.dtype == jnp.float16:

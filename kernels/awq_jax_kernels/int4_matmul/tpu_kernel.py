@@ -53,7 +53,8 @@ def fused(
     (b, m, k), n = x.shape, packed.shape[2]
     groups, bm = scale.shape[1], -(-min(config.bm, m) // 16) * 16
     weights = (packed, scale) if zero is None else (packed, scale, zero)
-    order = 3 if out_dtype else 2  # terms of eight bits in the zero points' share
+    # Terms of eight bits in the zero points' share. A's carries its offset of 128, which must cancel.
+    order = 3 if out_dtype or config.variant == "A" else 2
     scratch = _scratch(config, bm, k, groups, order, symmetric=zero is None)
     dtype = jnp.dtype(out_dtype or x.dtype)
     rings = [pltpu.VMEM((config.buffers, w.shape[1], config.bn), w.dtype) for w in weights]
