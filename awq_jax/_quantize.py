@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array
 
 from awq_jax._clip import search_clip
@@ -51,14 +52,28 @@ def _identity_only(layer: LayerPlan) -> Any:
 def _round_group(params: Params, plan: GroupPlan, layer: LayerPlan, stats: ActStats | None, rows: Array | None) -> Any:
     """Replace the kernels of one group by their quantized form; clip where a Gram matrix tells how."""
     out = dict(params)
-    for path, spec, may_clip in plan.quantized:
-        kernel = get(out, path)["kernel"].astype(jnp.float32)
-        ratio = None
-        if stats is not None and stats.gram is not None and may_clip and layer.search.clip_ratios:
-            scaled = stats.gram if rows is None else stats.gram / (rows[:, None] * rows[None, :])
-            ratio = search_clip(scaled, kernel, spec, layer.search.clip_ratios)
-        out = put(out, f"{path}/kernel", quantize(kernel, spec, ratio))
+    kernels = {path: get(out, path)["kernel"].astype(jnp.float32) for path, _, _ in plan.quantized}
+    ratios = _clip_group(kernels, plan, layer, stats, rows)
+    for path, spec, _ in plan.quantized:
+        out = put(out, f"{path}/kernel", quantize(kernels[path], spec, ratios.get(path)))
     return out
+
+
+def _clip_group(
+    kernels: Mapping[str, Array], plan: GroupPlan, layer: LayerPlan, stats: ActStats | None, rows: Array | None
+) -> dict[str, Array]:
+    """Thresholds of the kernels that may be clipped; those of one format are searched side by side."""
+    if stats is None or stats.gram is None or not layer.search.clip_ratios:
+        return {}
+    gram = stats.gram if rows is None else stats.gram / (rows[:, None] * rows[None, :])
+    ratios: dict[str, Array] = {}
+    for spec in dict.fromkeys(spec for _, spec, may_clip in plan.quantized if may_clip):
+        paths = [path for path, other, may_clip in plan.quantized if may_clip and other == spec]
+        wide = jnp.concatenate([kernels[path] for path in paths], axis=1)
+        found = search_clip(gram, wide, spec, layer.search.clip_ratios)
+        ends = np.cumsum([kernels[path].shape[1] for path in paths])[:-1].tolist()
+        ratios |= dict(zip(paths, jnp.split(found, ends, axis=1), strict=True))
+    return ratios
 
 
 def round_layer(params: Params, plan: LayerPlan) -> Params:

@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
 from awq_jax._pytree import pytree
@@ -110,6 +111,11 @@ def gram_loss(error: Float[Array, "k n"], stats: ActStats) -> Float[Array, ""]:
     return jnp.vdot(error, jnp.matmul(stats.gram, error, precision="highest")) / jnp.maximum(stats.count, 1.0)
 
 
+def _split(wide: Array, widths: Sequence[int]) -> list[Array]:
+    """Columns back into weights."""
+    return jnp.split(wide, np.cumsum(widths)[:-1].tolist(), axis=1)
+
+
 def search_scale(
     stats: ActStats,
     weights: Sequence[Float[Array, "k _"]],
@@ -138,16 +144,19 @@ def search_scale(
     if loss is None and stats.gram is None:
         raise ValueError("the gram objective needs ActStats.gram: observe(..., gram=True).")
     specs = [spec] * len(weights) if isinstance(spec, QuantSpec) else list(spec)
-    dense = [w.astype(jnp.float32) for w in weights]
+    # Outputs are rounded one by one, so weights of one format may stand side by side: a third of the program to compile.
+    widths, formats = [w.shape[1] for w in weights], [*dict.fromkeys(specs)]
+    if len(formats) == 1:
+        specs, widths = formats, [sum(widths)]
+    dense = _split(jnp.concatenate([w.astype(jnp.float32) for w in weights], axis=1), widths)
     scales = candidate_scales(stats, weights, search, specs[0], tie)
 
     def evaluate(t: Array) -> Array:
         rows = (tie.spread(t) if tie else t)[:, None]
-        candidate = [fake_quantize(w * rows, s) / rows for w, s in zip(dense, specs, strict=True)]
+        rounded = [fake_quantize(w * rows, s) / rows for w, s in zip(dense, specs, strict=True)]
         if loss is not None:
-            return loss(candidate)
-        error = jnp.concatenate([w - c for w, c in zip(dense, candidate, strict=True)], axis=1)
-        return gram_loss(error, stats)
+            return loss(_split(jnp.concatenate(rounded, axis=1), [w.shape[1] for w in weights]))
+        return gram_loss(jnp.concatenate([w - c for w, c in zip(dense, rounded, strict=True)], axis=1), stats)
 
     losses = jax.lax.map(evaluate, scales)
     losses = jnp.where(jnp.isfinite(losses), losses, jnp.inf)

@@ -34,7 +34,7 @@ from awq_jax_convert.tokenizer import Tokenizer
 
 __all__ = ["plans_of", "quantize_checkpoint", "read_samples"]
 
-_MEASURED = 8192  # tokens that a finished layer is measured again on, against round to nearest
+_MEASURED = 4096  # tokens that a finished layer is measured again on, against round to nearest
 
 Progress = Callable[[LayerReport, int], None]
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from awq_jax import ActStats, all_reduce, calibrate, merge, observe
+from awq_jax import ActStats, SearchSpec, all_reduce, calibrate, merge, observe
 from awq_jax._stats import percentile
 
 
@@ -72,3 +72,23 @@ def test_percentile_to_the_width_of_a_bin(rng, q):
 def test_percentile_needs_a_histogram():
     with pytest.raises(ValueError, match="histogram=True"):
         percentile(observe(jnp.ones((2, 4))), 99.0)
+
+
+def test_a_stride_estimates_the_gram_matrix_and_leaves_the_sums(rng):
+    x = jnp.asarray(rng.standard_normal((4096, 8)).astype(np.float32))
+    every, some = observe(x), observe(x, stride=4)
+    np.testing.assert_array_equal(some.abs_sum, every.abs_sum)
+    np.testing.assert_array_equal(some.abs_max, every.abs_max)
+    assert some.count == every.count
+    wide = np.asarray(x, np.float64)[::4]
+    np.testing.assert_allclose(some.gram, 4 * wide.T @ wide, rtol=1e-5, atol=1e-2)
+    # A sum of 1024 squares of standard normals has a standard deviation of 32 sqrt(2); six of four times that bound it.
+    assert np.abs(np.asarray(some.gram - every.gram)).max() < 6 * 4 * 32 * 2**0.5
+
+
+def test_short_texts_are_used_whole():
+    assert SearchSpec().stride(16 * 128 - 1, 128) == 1
+    assert SearchSpec().stride(16 * 128 * 3, 128) == 3
+    assert SearchSpec(tokens_per_channel=None).stride(1 << 20, 128) == 1
+    with pytest.raises(ValueError, match="tokens_per_channel is 0"):
+        SearchSpec(tokens_per_channel=0)
