@@ -154,7 +154,7 @@ def arguments(job: Job, data: dict[str, Any], length: int | None = None) -> Any:
     return xs, data[job.operands]
 
 
-def device_times(jobs: list[Job], data: Any, calls: int = 4) -> None:
+def device_times(jobs: list[Job], calls: int = 4) -> None:
     """Run compiled programs under the profiler, with pauses between them that tell their kernels apart."""
     folder = tempfile.mkdtemp()
     with jax.profiler.trace(folder):
@@ -189,7 +189,7 @@ def copy_rate() -> float:
     job = Job(0, 0, 0, "copy", "", chain(lambda x: x + 1))
     job.result["args"] = ([a], [()])
     jax.block_until_ready(job.program([a], [()]))
-    device_times([job], None)
+    device_times([job])
     return 2 * a.nbytes / job.result["us"] / 1e6
 
 
@@ -206,41 +206,50 @@ def end_to_end(job: Job, data: Any, length: int = 48) -> float:
 
 
 def main() -> None:
-    """Compile everything, time it, print a table and write it."""
+    """Shape by shape: compile, compare with the reference, time, print and write what there is so far."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--out", type=pathlib.Path, required=True)
+    parser.add_argument("--out", type=pathlib.Path, required=True, help="folder for gpu_sweep.json")
     parser.add_argument("--tuned", type=pathlib.Path, help="write the winners here")
-    parser.add_argument("--deadline", type=float, default=1e9, help="seconds after which nothing more is compiled")
+    parser.add_argument("--shapes", nargs="+", help="some of them, such as 4096x14336")
     a = parser.parse_args()
-    start, pool = time.time(), concurrent.futures.ThreadPoolExecutor(12)
-    data, jobs, waiting = {}, [], []
-    report = {"device": jax.devices()[0].device_kind, "jax": jax.__version__, "copy_TB_s": copy_rate(), "rows": []}
+    report: dict[str, Any] = {
+        "device": jax.devices()[0].device_kind,
+        "jax": jax.__version__,
+        "copy_TB_s": copy_rate(),
+        "rows": [],
+        "end_to_end": [],
+    }
     print(report, flush=True)
     for (k, n), ms in SHAPES.items():
-        data[k, n] = operands(k, n, max(ms))
-        for job in (job for m in ms for job in jobs_of(k, n, m)):
-            if time.time() - start < a.deadline:
-                args = arguments(job, data[k, n])
-                waiting.append((job, args, pool.submit(job.program.lower(*args).compile)))
-        print(f"{time.time() - start:.0f} s: {k} x {n} lowered", flush=True)
-    for job, args, future in waiting:
-        try:
-            compiled = future.result(timeout=max(1.0, a.deadline - (time.time() - start)))
-            rows = np.asarray(compiled(*args)[0][:128].astype(jnp.float32))
-            expected = data[job.k, job.n]["expected"][: len(rows)]
+        if a.shapes is None or f"{k}x{n}" in a.shapes:
+            data = operands(k, n, max(ms))
+            jobs = compiled([job for m in ms for job in jobs_of(k, n, m)], data)
+            device_times(jobs)
+            report["rows"] += table(jobs)
+            report["end_to_end"] += long_programs(k, n, data)
+            save(report, a.out, a.tuned)
+
+
+def compiled(jobs: list[Job], data: dict[str, Any]) -> list[Job]:
+    """The jobs that compile, with their error against the reference; in threads, since each takes a second or two."""
+    with concurrent.futures.ThreadPoolExecutor(12) as pool:
+        waiting = []
+        for job in jobs:
+            args = arguments(job, data)
+            waiting.append((job, args, pool.submit(job.program.lower(*args).compile)))
+        done = []
+        for job, args, future in waiting:
+            try:
+                job.program = future.result()
+                rows = np.asarray(job.program(*args)[0][:128].astype(jnp.float32))
+            except Exception as e:  # a candidate that does not fit is out of the race
+                print(f"{job.k}x{job.n} m={job.m} {job.name} {job.config}: {e!r:.200}", flush=True)
+                continue
+            expected = data["expected"][: len(rows)]
             job.result["error"] = float(np.linalg.norm(rows - expected) / np.linalg.norm(expected))
-            job.program, job.result["args"] = compiled, args
-            jobs.append(job)
-        except Exception as e:
-            print(f"{job.k}x{job.n} m={job.m} {job.name} {job.config}: {e!r:.200}", flush=True)
-    print(f"{time.time() - start:.0f} s: compiled", flush=True)
-    device_times(jobs, data)
-    print(f"{time.time() - start:.0f} s: timed", flush=True)
-    report["rows"] = table(jobs)
-    save(report, a.out, a.tuned)
-    if time.time() - start < a.deadline:
-        report["end_to_end"] = long_programs(data)
-        save(report, a.out, a.tuned)
+            job.result["args"] = args
+            done.append(job)
+    return done
 
 
 def table(jobs: list[Job]) -> list[dict[str, Any]]:
@@ -263,15 +272,14 @@ def table(jobs: list[Job]) -> list[dict[str, Any]]:
     return rows
 
 
-def long_programs(data: Any) -> list[dict[str, Any]]:
-    """End-to-end times of dense bfloat16 and of the kernel."""
+def long_programs(k: int, n: int, data: dict[str, Any]) -> list[dict[str, Any]]:
+    """End-to-end times of dense bfloat16 and of the kernel on tiles."""
     rows = []
-    for (k, n), ms in LONG.items():
-        for m in ms:
-            dense, *fused = jobs_of(k, n, m)
-            times = {j.name: end_to_end(j, data[k, n]) for j in (dense, fused[0])}
-            rows.append({"k": k, "n": n, "m": m, **times})
-            print(f"end to end {k}x{n} m={m}: bf16 {times['bf16']:.2f} fused {times['fused']:.2f}", flush=True)
+    for m in LONG.get((k, n), ()):
+        dense, fused, *_ = jobs_of(k, n, m)
+        times = {job.name: end_to_end(job, data) for job in (dense, fused)}
+        rows.append({"k": k, "n": n, "m": m, **times})
+        print(f"end to end {k}x{n} m={m}: bf16 {times['bf16']:.2f} us, fused {times['fused']:.2f} us", flush=True)
     return rows
 
 
