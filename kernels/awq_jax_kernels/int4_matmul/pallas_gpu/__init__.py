@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """`int4_matmul` on Hopper GPUs, written for Mosaic GPU.
 
-`kernel` is the dataflow, `pipeline` the ring that feeds it, `fragment` turns codes into tensor-core operands,
-`combine` adds up what was split, `tiles` is an order of the bytes that saves a few instructions, `config` chooses.
+`kernel` is the dataflow, `pipeline` the ring that feeds it, `reader` the warpgroup that multiplies, `fragment` turns
+codes into tensor-core operands, `combine` adds up what was split, `tiles` is an order of the bytes that saves a few
+instructions, `config` chooses.
 """
 
 import functools
@@ -34,6 +35,8 @@ def supports(x: Any, packed: Any, scale: Any, zero: Any = None, *, config: Block
         return f"scale is {scale.dtype}, not bfloat16, float16 or float32"
     if not m:
         return "x has no rows"
+    if m * n >= 1 << 31:
+        return f"y of {m} x {n} has more elements than 32-bit offsets reach"
     if k % 128 or n % 128:
         return f"k={k} and n={n} must be multiples of 128"
     if g not in (32, 64) and g % 128:

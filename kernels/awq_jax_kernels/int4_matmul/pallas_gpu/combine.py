@@ -97,11 +97,8 @@ def send(sharing: Sharing, total: mgpu.FragmentedArray, mail: ir.Value, turn: ir
         with mgpu.when(arith.cmpi(arith.CmpIPredicate.ne, me, const(owner))):
             to, space = _mailbox(sharing, mail, owner, me, place), "shared::cta"
             if sharing.split > 1:
-                rank = const(owner // sharing.deep)
-                to, space = (
-                    asm("mapa.shared::cluster.u32 $0, $1, $2;", "=r,r,r", to, rank, result=i32),
-                    "shared::cluster",
-                )
+                rank, space = const(owner // sharing.deep), "shared::cluster"
+                to = asm("mapa.shared::cluster.u32 $0, $1, $2;", "=r,r,r", to, rank, result=i32)
             for i, (block, e) in enumerate(sharing.owned(owner)):
                 values = _vector(total, block, e)
                 parts = [llvm.extractelement(values, const(j)) for j in range(4)]
