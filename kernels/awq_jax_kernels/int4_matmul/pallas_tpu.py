@@ -9,13 +9,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int8
+from jaxtyping import Array, Float, Int8, Int32
 
 from awq_jax_kernels.int4_matmul.config import BlockConfig, choose
 from awq_jax_kernels.int4_matmul.tpu_kernel import fused
 from awq_jax_kernels.int4_matmul.unpack import ROWS, split
 
-__all__ = ["BlockConfig", "int4_matmul", "supports"]
+__all__ = ["BlockConfig", "int4_matmul", "multiply_tiles", "supports"]
 
 _PARTS = {"bfloat16": 1, "float16": 2, "float32": 3}  # bfloat16 terms that hold a value exactly
 
@@ -103,3 +103,25 @@ def _batchable(config: BlockConfig, out_dtype: str | None) -> Any:
         return y.reshape(*stacked[0].shape[:-1], y.shape[-1]), True
 
     return product
+
+
+def multiply_tiles(
+    tiles: Float[Array, "b m k"],
+    packed: Int8[Array, "e k2 n"],
+    scale: Float[Array, "e groups n"],
+    zero: Int8[Array, "e groups n"] | None,
+    experts: Int32[Array, " b"],
+    *,
+    config: BlockConfig | None = None,
+) -> Float[Array, "b m n"]:
+    """Each tile of rows times the weight of its expert, in one kernel."""
+    (b, m, k), n = tiles.shape, packed.shape[2]
+    parts = _PARTS[str(tiles.dtype)]
+    config = config or choose(parts * m, k, n, k // scale.shape[1], zeros=zero is not None, exact=parts > 1)
+    if scale.dtype == jnp.float16:
+        scale = scale.astype(jnp.float32)
+    if parts == 1:
+        return fused(tiles, packed, scale, zero, experts, config=config)
+    rows = jnp.concatenate(split(tiles.astype(jnp.float32), parts), axis=1).astype(jnp.bfloat16)
+    y = fused(rows, packed, scale, zero, experts, config=config, out_dtype="float32")
+    return y.reshape(b, parts, m, n).sum(1).astype(tiles.dtype)

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
-from jaxtyping import Array, BFloat16, Float, Int8
+from jaxtyping import Array, BFloat16, Float, Int8, Int32
 
 from awq_jax_kernels.int4_matmul.config import BlockConfig
 from awq_jax_kernels.int4_matmul.unpack import OFFSET, ROWS, permutation, split, unpack_a, unpack_b, unpack_d
@@ -28,21 +28,23 @@ __all__ = ["fused"]
 
 def fused(
     x: BFloat16[Array, "b m k"],
-    packed: Int8[Array, "b k2 n"],
-    scale: Float[Array, "b groups n"],
-    zero: Int8[Array, "b groups n"] | None,
+    packed: Int8[Array, "e k2 n"],
+    scale: Float[Array, "e groups n"],
+    zero: Int8[Array, "e groups n"] | None,
+    experts: Int32[Array, " b"] | None = None,
     *,
     config: BlockConfig,
     out_dtype: str | None = None,
     still: bool = False,
 ) -> Float[Array, "b m n"]:
-    """``y[b] = x[b] @ ((q[b] - zero[b]) * scale[b])``.
+    """``y[b] = x[b] @ ((q[e] - zero[e]) * scale[e])``, where e is ``experts[b]``, or b itself.
 
     Args:
       x: bfloat16 ``[b, m, k]``.
-      packed: int8 ``[b, k/2, n]``.
-      scale: bfloat16 or float32 ``[b, k/g, n]``.
-      zero: int8 ``[b, k/g, n]`` or None.
+      packed: int8 ``[e, k/2, n]``.
+      scale: bfloat16 or float32 ``[e, k/g, n]``.
+      zero: int8 ``[e, k/g, n]`` or None.
+      experts: int32 ``[b]``, which weight each block of x takes.
       config: block sizes, already checked.
       out_dtype: of the result; None is bfloat16. "float32" also keeps the zero points' share exact to 24 bits.
       still: copy no weights. The result is then meaningless, and the program costs what the core's own work does.
@@ -58,31 +60,35 @@ def fused(
     scratch = _scratch(config, bm, k, groups, order, symmetric=zero is None)
     dtype = jnp.dtype(out_dtype or x.dtype)
     rings = [pltpu.VMEM((config.buffers, w.shape[1], config.bn), w.dtype) for w in weights]
+    prefetched = [] if experts is None else [experts]
     return pl.pallas_call(
         functools.partial(_kernel, config=config, names=tuple(scratch), order=order, still=still),
-        grid=(config.cores, b, pl.cdiv(m, bm), config.splits),
-        in_specs=[
-            pl.BlockSpec((None, bm, k), lambda core, e, i, split: (e, i, 0)),
-            [pl.BlockSpec(memory_space=pl.ANY) for _ in weights],
-        ],
-        out_specs=pl.BlockSpec(
-            (None, bm, n // config.cores // config.splits),
-            lambda core, e, i, split: (e, i, core * config.splits + split),
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=len(prefetched),
+            grid=(config.cores, b, pl.cdiv(m, bm), config.splits),
+            in_specs=[
+                pl.BlockSpec((None, bm, k), lambda core, e, i, split, *_: (e, i, 0)),
+                [pl.BlockSpec(memory_space=pl.ANY) for _ in weights],
+            ],
+            out_specs=pl.BlockSpec(
+                (None, bm, n // config.cores // config.splits),
+                lambda core, e, i, split, *_: (e, i, core * config.splits + split),
+            ),
+            scratch_shapes=[
+                rings,
+                pltpu.SemaphoreType.DMA((config.buffers, len(weights))),
+                pltpu.SemaphoreType.DMA((config.bn // config.tile, len(weights))),
+                list(scratch.values()),
+            ],
         ),
         out_shape=_like((b, m, n), dtype, x, *weights),
-        scratch_shapes=[
-            rings,
-            pltpu.SemaphoreType.DMA((config.buffers, len(weights))),
-            pltpu.SemaphoreType.DMA((config.bn // config.tile, len(weights))),
-            list(scratch.values()),
-        ],
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel" if config.cores > 1 else "arbitrary", *["arbitrary"] * 3),
             vmem_limit_bytes=config.vmem_mib << 20,
         ),
         interpret=pltpu.InterpretParams() if config.interpret is True else config.interpret,
         name="int4_matmul",
-    )(x, list(weights))
+    )(*prefetched, x, list(weights))
 
 
 def _like(shape: tuple[int, ...], dtype: Any, *operands: Any) -> jax.ShapeDtypeStruct:
@@ -102,23 +108,12 @@ def _scratch(config: BlockConfig, bm: int, k: int, groups: int, order: int, *, s
     return kept
 
 
-def _kernel(
-    x_ref: Any,
-    weights: Any,
-    out_ref: Any,
-    rings: Any,
-    arrived: Any,
-    arrived_first: Any,
-    scratch: Any,
-    *,
-    config: BlockConfig,
-    names: tuple[str, ...],
-    order: int,
-    still: bool,
-) -> None:
+def _kernel(*refs: Any, config: BlockConfig, names: tuple[str, ...], order: int, still: bool) -> None:
+    *experts_ref, x_ref, weights, out_ref, rings, arrived, arrived_first, scratch = refs
     kept = dict(zip(names, scratch, strict=True))
     groups, bn = weights[1].shape[1], config.bn
     columns = out_ref.shape[1] // bn
+    expert = experts_ref[0][pl.program_id(1)] if experts_ref else pl.program_id(1)
     g = x_ref.shape[1] // groups
 
     tiles = bn // config.tile
@@ -129,7 +124,7 @@ def _kernel(
         place = pl.ds(pl.multiple_of(share * columns * bn + start, width), width)
         pairs = [] if still else enumerate(zip(weights, rings, strict=True))
         return [
-            pltpu.make_async_copy(w.at[pl.program_id(1), :, place], ring.at[slot, :, pl.ds(at, width)], arrived.at[t])
+            pltpu.make_async_copy(w.at[expert, :, place], ring.at[slot, :, pl.ds(at, width)], arrived.at[t])
             for t, (w, ring) in pairs
         ]
 

@@ -1,0 +1,111 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`ragged_int4_matmul`: a mixture of experts' product, each expert's weight in INT4."""
+
+import functools
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int8, Int32
+
+from awq_jax_kernels.int4_matmul import api as dense_api
+from awq_jax_kernels.int4_matmul import pallas_tpu
+from awq_jax_kernels.ragged_int4_matmul import reference
+from awq_jax_kernels.ragged_int4_matmul.tiles import place_rows
+
+__all__ = ["ragged_int4_matmul"]
+
+Implementation = Literal["tpu", "xla", "reference"]
+
+
+def ragged_int4_matmul(
+    x: Float[Array, "m k"],
+    packed: Int8[Array, "e k2 n"],
+    scale: Float[Array, "e groups n"],
+    zero: Int8[Array, "e groups n"] | None,
+    group_sizes: Int32[Array, " e"],
+    *,
+    implementation: Implementation | None = None,
+    config: Any = None,
+    tile: int = 16,
+) -> Float[Array, "m n"]:
+    """Multiply rows sorted by expert, each by its expert's weight: ``y[i] = x[i] @ ((q[e] - zero[e]) * scale[e])``.
+
+    Rows move into tiles that belong to one expert each, at most ``m // tile + e`` of them. On a TPU all tiles are one
+    kernel, which reads from scalar memory whose weight to fetch; elsewhere a loop multiplies a tile at a time.
+
+    Args:
+      x: ``[m, k]``, the rows of expert 0 first, then those of expert 1, and so on.
+      packed: int8 ``[e, k/2, n]``.
+      scale: ``[e, k/g, n]``.
+      zero: int8 ``[e, k/g, n]``, or None for 8 everywhere.
+      group_sizes: int32 ``[e]``, rows of each expert. Rows past their sum give zero.
+      implementation: as in `awq_jax_kernels.int4_matmul.int4_matmul`.
+      config: a `BlockConfig`, with implementation "tpu" alone.
+      tile: rows in a tile: about m / e, and a multiple of 16 for a TPU.
+
+    Returns:
+      ``[m, n]`` in the dtype of x. Differentiable with respect to x except for "tpu" named explicitly.
+
+    Raises:
+      ValueError: the implementation named refuses the operands.
+
+    >>> x, packed = jnp.array([[1.0, 1.0], [2.0, 2.0]]), jnp.array([[[0]], [[1]]], jnp.int8)  # codes 8, 8 and 9, 8
+    >>> scale = jnp.ones((2, 1, 1))
+    >>> ragged_int4_matmul(x, packed, scale, None, jnp.array([1, 1], jnp.int32)).ravel().tolist()
+    [0.0, 2.0]
+    """
+    if implementation == "reference":
+        return reference.ragged_int4_matmul(x, packed, scale, zero, group_sizes)
+    if not x.shape[0]:
+        return jnp.zeros((0, packed.shape[2]), x.dtype)
+    place, experts = place_rows(group_sizes, x.shape[0], tile)
+    rows = experts.shape[0] * tile
+    tiles = jnp.zeros((rows, x.shape[1]), x.dtype).at[place].set(x, mode="drop").reshape(-1, tile, x.shape[1])
+    y = _multiply_tiles(tiles, packed, scale, zero, experts, implementation=implementation, config=config)
+    return y.reshape(rows, -1).at[place].get(mode="fill", fill_value=0)
+
+
+def _multiply_tiles(
+    tiles: Any, packed: Any, scale: Any, zero: Any, experts: Any, implementation: Any, config: Any
+) -> Any:
+    """``[tiles, tile, k]`` to ``[tiles, tile, n]``."""
+    operands = (tiles, packed, scale, zero, experts)
+    one = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), operands[:4])
+    reason = dense_api.refusal("tpu", *one, config=config)
+    if implementation == "tpu":
+        if reason:
+            raise ValueError(f"no kernel takes tiles {operands[0].shape} and packed {operands[1].shape}: {reason}.")
+        return pallas_tpu.multiply_tiles(*operands, config=config)
+    if implementation == "xla" or reason:
+        return _loop(*operands, implementation="xla")
+    kernel = functools.partial(_differentiable, config)
+    return jax.lax.platform_dependent(*operands, tpu=kernel, default=functools.partial(_loop, implementation="xla"))
+
+
+def _loop(tiles: Any, packed: Any, scale: Any, zero: Any, experts: Any, *, implementation: Any) -> Any:
+    """One tile after the other, so that one expert's weight is sliced at a time."""
+
+    def multiply(operands: tuple[Any, Any]) -> Any:
+        rows, expert = operands
+        weight = jax.tree.map(lambda leaf: leaf[expert], (packed, scale, zero))
+        return dense_api.int4_matmul(rows, *weight, implementation=implementation)
+
+    return jax.lax.map(multiply, (tiles, experts))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _differentiable(config: Any, tiles: Any, packed: Any, scale: Any, zero: Any, experts: Any) -> Any:
+    return pallas_tpu.multiply_tiles(tiles, packed, scale, zero, experts, config=config)
+
+
+def _forward(config: Any, *operands: Any) -> tuple[Any, Any]:
+    return _differentiable(config, *operands), operands
+
+
+def _backward(_: Any, operands: Any, dy: Any) -> Any:
+    _, pull = jax.vjp(functools.partial(_loop, implementation="xla"), *operands)
+    return pull(dy)
+
+
+_differentiable.defvjp(_forward, _backward)
