@@ -17,7 +17,7 @@ from awq_jax_kernels.aot.gpu import GPUS, Compiled, Kernel, compile_program
 from awq_jax_kernels.aot.program import Program
 from awq_jax_kernels.int4_matmul import pallas_gpu
 
-__all__ = ["KINDS", "counts", "program", "report"]
+__all__ = ["KINDS", "counts", "main", "program", "report"]
 
 KINDS = {  # machine instructions by what they are for; the rest is control
     "unpack": ("LOP3", "PRMT", "SHF"),
@@ -89,12 +89,12 @@ def _record(compiled: Compiled, step: int) -> dict[str, Any]:
     }
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> int:
     """Print the report as a table, or as JSON."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--gpu", choices=GPUS, default="h100")
     parser.add_argument("--json", action="store_true")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
     for record in report(arguments.gpu):
         if arguments.json or "error" in record:
             print(json.dumps(record))
@@ -105,7 +105,8 @@ def main() -> None:
             f"m={record['m']:<4} {record['bytes']:6} {record['registers']} registers, {record['spill_bytes']} B spills,"
             f" {record['wgmma']} wgmma, {loads}; a weight: {record['total']} ({kinds})"
         )
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(main())
