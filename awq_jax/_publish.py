@@ -95,9 +95,22 @@ def _sync(directory: Path) -> None:
         os.close(fd)
 
 
+def _replaced(out: Path) -> Path:
+    """Where a directory is kept between the two renames that replace it."""
+    return out.with_name(f".{out.name}.replaced")
+
+
+def _tidy(out: Path) -> None:
+    """Finish what a writer that was killed during `_move` began: put back what has no successor, remove what has."""
+    replaced = _replaced(out)
+    if replaced.is_dir() and not os.path.lexists(out):
+        os.rename(replaced, out)
+    shutil.rmtree(replaced, ignore_errors=True)
+
+
 def _move(work: Path, out: Path) -> None:
     """Rename the finished directory to its name; what it replaces goes away afterwards."""
-    replaced = out.with_name(f".{out.name}.replaced")
+    replaced = _replaced(out)
     shutil.rmtree(replaced, ignore_errors=True)
     if out.exists():
         os.rename(out, replaced)
@@ -130,6 +143,8 @@ def published(out: str | os.PathLike[str], *, overwrite: bool = False, expected_
     _refuse_lack_of_room(target.parent, expected_bytes)
     lock = _claim(work, target)
     try:
+        _tidy(target)
+        _refuse_existing(target, overwrite)
         write_file(work / INCOMPLETE, (), 0)
         yield work
         (work / INCOMPLETE).unlink()

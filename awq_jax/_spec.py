@@ -59,6 +59,11 @@ class QuantSpec:
         if k % g or k % 2:
             fits = [c for c in (128, 64, 32, 16, 8) if k % c == 0]
             remedy = f"Use one that divides it ({', '.join(map(str, fits))})" if fits else "Use group_size=-1"
+            if k % 2:
+                raise ValueError(
+                    f"Cannot quantize {name!r}: its contraction dimension {k} is odd, and two codes share a byte. "
+                    "Leave it unquantized with an override."
+                )
             raise ValueError(
                 f"Cannot quantize {name!r}: its contraction dimension {k} is not a multiple of "
                 f"group_size={g}. {remedy}, or leave it unquantized with an override."

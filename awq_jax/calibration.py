@@ -3,6 +3,7 @@
 
 import dataclasses
 import hashlib
+import itertools
 import json
 import pathlib
 from collections.abc import Callable, Iterable, Sequence
@@ -65,11 +66,11 @@ def from_documents(documents: Iterable[Sequence[int]], *, samples: int, seq_len:
     Raises:
       ValueError: no document holds a token.
     """
-    kept = [list(ids) for ids in documents if len(ids)]
+    kept = list(itertools.islice((ids for ids in documents if len(ids)), samples))  # no more are read than are used
     if not kept:
         raise ValueError(f"calibration file {source} holds no tokens.")
-    cut = sum(len(ids) > seq_len for ids in kept[:samples])
-    kept = [ids[:seq_len] for ids in kept[:samples]]
+    cut = sum(len(ids) > seq_len for ids in kept)
+    kept = [ids[:seq_len] for ids in kept]
     width = max(map(len, kept))
     tokens = np.zeros((len(kept), width), np.int32)
     mask = np.zeros((len(kept), width), bool)
@@ -88,14 +89,14 @@ def _jsonl_documents(path: pathlib.Path, encode: Encode | None) -> Iterable[list
             where = f"{path}, line {number}"
             try:
                 row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{where}: not JSON ({error.msg}).") from None
+            except (ValueError, RecursionError) as error:  # also numbers of thousands of digits, absurd nesting
+                raise ValueError(f"{where}: not JSON ({getattr(error, 'msg', error)}).") from None
             if not isinstance(row, dict) or not ({"text", "input_ids"} & row.keys()):
                 raise ValueError(f'{where}: expected an object with "text" or "input_ids".')
             if "input_ids" in row:
                 ids = row["input_ids"]
-                if not isinstance(ids, list) or any(type(i) is not int for i in ids):
-                    raise ValueError(f'{where}: "input_ids" must be a list of integers.')
+                if not isinstance(ids, list) or any(type(i) is not int or not 0 <= i < 2**31 for i in ids):
+                    raise ValueError(f'{where}: "input_ids" must be a list of integers, token ids from 0 up.')
                 yield ids
             elif not isinstance(row["text"], str):
                 raise ValueError(f'{where}: "text" must be a string.')
@@ -109,7 +110,19 @@ def _encode(text: str, encode: Encode | None, where: str) -> list[int]:
             f"{where}: the checkpoint has no tokenizer.json, so text cannot be encoded. "
             'Give JSON lines of {"input_ids": [...]}.'
         )
-    return encode(text)
+    try:
+        return encode(text)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from None
+
+
+def _encode_start(text: str, encode: Encode | None, where: str, tokens: int) -> list[int]:
+    """Ids of as much of a text as gives so many: a corpus is not encoded for the sake of its first pages."""
+    size = 8 * tokens
+    # More than so many, because the last id may be that of a word cut in two.
+    while len(ids := _encode(text[:size], encode, where)) <= tokens and size < len(text):
+        size *= 4
+    return ids
 
 
 def read_calibration(path: pathlib.Path, encode: Encode | None, *, samples: int, seq_len: int) -> Samples:
@@ -128,14 +141,15 @@ def read_calibration(path: pathlib.Path, encode: Encode | None, *, samples: int,
     if not path.is_file():
         raise FileNotFoundError(f"no calibration file {path}.")
     try:
-        if path.suffix == ".jsonl":
+        if path.suffix.lower() == ".jsonl":
             return from_documents(_jsonl_documents(path, encode), samples=samples, seq_len=seq_len, source=path.name)
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise ValueError(f"calibration file {path} is not UTF-8 (byte {error.start}).") from None
     if not text.strip():
         raise ValueError(f"calibration file {path} is empty.")
-    return from_stream(_encode(text, encode, str(path)), samples=samples, seq_len=seq_len, source=path.name)
+    ids = _encode_start(text, encode, str(path), samples * seq_len)
+    return from_stream(ids, samples=samples, seq_len=seq_len, source=path.name)
 
 
 def check_vocabulary(samples: Samples, vocab_size: int) -> None:

@@ -96,6 +96,22 @@ def plans_of(checkpoint: HFCheckpoint, recipe: Recipe) -> tuple[LayerPlan, ...]:
     return plan_layers(checkpoint.family, recipe, config.num_layers, widths, tie)
 
 
+def _refuse_overlap(src: pathlib.Path, out: pathlib.Path) -> None:
+    """Replacing the output must not take the source away."""
+    source = src.resolve()
+    if out.resolve() in (source, *source.parents):
+        raise ValueError(f"the output {out} is or holds the source {src}, which is never changed; choose another name.")
+
+
+def _refuse_long(calib: Samples, positions: int) -> None:
+    """Beyond its positions a model computes what it never does in use."""
+    if calib.tokens.shape[1] > positions:
+        raise ValueError(
+            f"calibration samples of {calib.tokens.shape[1]} tokens are longer than the {positions} positions of the "
+            f"model. Take at most {positions} (--seq-len)."
+        )
+
+
 def _refuse_quantized(checkpoint: HFCheckpoint) -> None:
     if checkpoint.format != "dense":
         raise ValueError(
@@ -194,6 +210,7 @@ def quantize_checkpoint(
             raise ValueError(f"{name} is {value}; it must be at least 1 (--{name.replace('_', '-')}).")
     with clock.phase("open"):
         checkpoint = HFCheckpoint.open(pathlib.Path(src))
+        _refuse_overlap(checkpoint.path, pathlib.Path(out))
         _refuse_quantized(checkpoint)
         plans = plans_of(checkpoint, recipe)
         specs = {spec for plan in plans for group in plan.groups for _, spec, _ in group.quantized}
@@ -203,6 +220,7 @@ def quantize_checkpoint(
             path = None if calib is None else pathlib.Path(calib)
             calib = read_samples(checkpoint, path, samples=samples, seq_len=seq_len)
         check_vocabulary(calib, checkpoint.config.vocab_size)
+        _refuse_long(calib, checkpoint.config.max_position_embeddings)
     writer = open_writer(
         format,
         checkpoint,

@@ -3,6 +3,7 @@
 
 import dataclasses
 import functools
+import math
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -105,12 +106,21 @@ def evaluate_checkpoint(
 
     Raises:
       FileNotFoundError: no such checkpoint or text.
-      ValueError: the text is not UTF-8 or too short, or the two checkpoints do not share a vocabulary.
+      ValueError: the text is not UTF-8 or too short, the two checkpoints do not share a vocabulary, a window is longer
+        than the model's positions, or its logits are not finite.
     """
+    for name, value in (("tokens", tokens), ("batch", batch)):
+        if value < 1:
+            raise ValueError(f"{name} is {value}; it must be at least 1 (--{name}).")
     if not Path(text).is_file():
         raise FileNotFoundError(f"no text file {text}.")
     words = _read_text(Path(text))
     model = load_model(path)
+    if ctx > model.config.max_position_embeddings:
+        raise ValueError(
+            f"windows of {ctx} tokens were asked for, but {path} has {model.config.max_position_embeddings} positions. "
+            f"Ask for at most that many (--ctx)."
+        )
     reference = None if base is None else load_model(base)
     # No tokenizer makes fewer than one token of sixteen characters of prose; encoding the rest would take seconds.
     ids = model.tokenizer.encode(words[: 16 * tokens])
@@ -118,14 +128,23 @@ def evaluate_checkpoint(
         _refuse_other_vocabulary(model, reference, ids)
     windows = cut_windows(np.asarray(ids), ctx=ctx, tokens=tokens, vocab_size=model.config.vocab_size)
     with jax.default_matmul_precision("highest"):
-        return evaluate(
-            _apply(model.config),
-            model.params,
-            windows,
-            base=None if reference is None else (_apply(reference.config), reference.params),
-            batch=batch,
-            progress=progress,
+        try:
+            measured = evaluate(
+                _apply(model.config),
+                model.params,
+                windows,
+                base=None if reference is None else (_apply(reference.config), reference.params),
+                batch=min(batch, len(windows)),
+                progress=progress,
+            )
+        except OverflowError:  # exp of a mean over 709
+            measured = None
+    if measured is None or not all(map(math.isfinite, (measured.perplexity, measured.kl or 0.0))):
+        raise ValueError(
+            f"perplexity or KL divergence of {path} on {text} is not finite: the logits overflow float32, or the "
+            "checkpoint is damaged. Compare with the unquantized one."
         )
+    return measured
 
 
 def _refuse_other_vocabulary(model: LoadedModel, base: LoadedModel, ids: list[int]) -> None:
@@ -163,8 +182,10 @@ def generate_text(
       ``prompt``, ``text`` (what was added) and ``tokens`` (its ids).
 
     Raises:
-      ValueError: an empty prompt, or more tokens than the model has positions for.
+      ValueError: an empty prompt, more tokens than the model has positions for, or a seed that is not 32 bits.
     """
+    if not 0 <= seed < 2**32:
+        raise ValueError(f"seed is {seed}; it must be from 0 to {2**32 - 1} (--seed).")
     model = load_model(path, jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16)
     return continue_prompt(
         model,

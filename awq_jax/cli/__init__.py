@@ -3,6 +3,7 @@
 
 import argparse
 import importlib
+import os
 import sys
 from collections.abc import Sequence
 
@@ -44,14 +45,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; 0 success, 1 it failed while working, 2 the arguments or the input are wrong, 130 interrupted."""
     args = _parser().parse_args(argv)
     try:
-        return args.run(args) or 0
+        done = args.run(args) or 0
+        if sys.stdout:  # None where it is closed
+            sys.stdout.flush()  # here, where what goes wrong is still answered
+        return done
     except (ValueError, KeyError, FileNotFoundError, FileExistsError, NotADirectoryError) as error:
         # KeyError's str() is the repr of its message.
         message = error.args[0] if isinstance(error, KeyError) and error.args else error
         print(f"awq-jax {args.command}: {message}", file=sys.stderr)
         return 2
-    except (OSError, MemoryError) as error:
-        print(f"awq-jax {args.command}: {error}", file=sys.stderr)
+    except BrokenPipeError:  # of `awq-jax inspect DIR | head`: nobody reads on, and nobody need be told
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at exit
+        return 1
+    except (OSError, MemoryError, RuntimeError) as error:  # RuntimeError: jax found no device, or no memory on it
+        print(f"awq-jax {args.command}: {str(error) or 'out of memory'}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print(f"awq-jax {args.command}: interrupted; nothing was left behind.", file=sys.stderr)

@@ -10,6 +10,7 @@ overlap, each seen on its own; every position but a window's first is predicted.
 import argparse
 import dataclasses
 import json
+import math
 import pathlib
 import sys
 
@@ -47,7 +48,9 @@ def run(args: argparse.Namespace) -> int:
             progress=lambda done, total: bar.update(task, completed=done, total=total),
         )
     if args.json:
-        print(json.dumps(dataclasses.asdict(result)))
+        # A single window has no standard error, and JSON has no NaN.
+        spread = None if math.isnan(result.perplexity_stderr) else result.perplexity_stderr
+        print(json.dumps({**dataclasses.asdict(result), "perplexity_stderr": spread}, allow_nan=False))
         return 0
     print(f"perplexity  {result.perplexity:.4f} +- {result.perplexity_stderr:.4f}")
     if result.kl is not None and result.top1 is not None:

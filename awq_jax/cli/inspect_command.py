@@ -28,10 +28,12 @@ def run(args: argparse.Namespace) -> int:
         return 0
 
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     console = Console()
-    console.print(f"{args.dir}: {found.family}, {found.num_layers} layers, {found.nbytes / 1e6:.1f} MB, {found.format}")
+    size = f"{found.nbytes / 1e6:.1f} MB"
+    console.print(f"{escape(str(args.dir))}: {found.family}, {found.num_layers} layers, {size}, {found.format}")
     table = Table()
     for column in ("weight", "shape", "format", "bytes", "bits/weight", "count"):
         table.add_column(column, justify="left" if column in ("weight", "format") else "right")

@@ -12,6 +12,7 @@ only when it is complete; SRC is never changed.
 import argparse
 import json
 import pathlib
+import re
 import sys
 from typing import TYPE_CHECKING, Any
 
@@ -90,7 +91,7 @@ def _override(text: str, base: "QuantSpec") -> "tuple[str, QuantSpec | None]":
     changes: dict[str, Any] = {}
     for item in what.split(","):
         key, _, value = item.partition(":")
-        if key not in fields or not value.lstrip("-").isdigit():
+        if key not in fields or not re.fullmatch("-?[0-9]{1,9}", value):
             raise ValueError(
                 f"--override {text!r}: expected GLOB=float, GLOB=bits:N, GLOB=group:N or both with a comma."
             )
@@ -124,10 +125,11 @@ def _describe(layer: "LayerReport") -> str:
 
 def _summary(report: "Report", out: pathlib.Path) -> None:
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     console = Console(stderr=True)
-    table = Table(title=f"{out}", title_justify="left")
+    table = Table(title=escape(str(out)), title_justify="left")
     for column in ("layer", "group", "rule", "loss / round-to-nearest"):
         table.add_column(column)
     for layer in report.layers:
@@ -147,7 +149,7 @@ def _summary(report: "Report", out: pathlib.Path) -> None:
     for weight in report.outside:
         console.print(f"{weight.path}: {weight.reason}")
     for warning in report.warnings:
-        console.print(f"[bold yellow]warning[/]: {warning}")
+        console.print(f"[bold yellow]warning[/]: {escape(warning)}")
     size = f"{report.bytes_before / 1e6:.1f} MB -> {report.bytes_after / 1e6:.1f} MB"
     took = ", ".join(f"{name} {value:.1f} s" for name, value in report.seconds.items())
     console.print(f"{size}; {took}; peak memory {report.peak_memory_bytes / 1e9:.2f} GB")

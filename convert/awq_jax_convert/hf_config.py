@@ -32,9 +32,16 @@ class HFConfig:
 
     @property
     def stop_tokens(self) -> tuple[int, ...]:
-        """Ids that end a text, from ``eos_token_id``."""
-        ids = self.raw.get("eos_token_id")
-        return tuple(ids) if isinstance(ids, list) else () if ids is None else (ids,)
+        """Ids that end a text, from ``eos_token_id``.
+
+        Raises:
+          ValueError: it holds something else.
+        """
+        found = self.raw.get("eos_token_id")
+        ids = found if isinstance(found, list) else [] if found is None else [found]
+        if any(type(token) is not int or abs(token) >= 2**31 for token in ids):
+            raise ValueError(f"config: eos_token_id is {found!r}; it must be a token id, a list of them, or null.")
+        return tuple(ids)
 
 
 def public_config(config: dict[str, Any]) -> dict[str, Any]:

@@ -77,9 +77,9 @@ class HFWriter(ModelWriter):
         """Take one layer; see `ModelWriter.write_layer`."""
         self._write(layer, f"layers/{index}/")
 
-    def write_text(self, name: str, text: str) -> None:
+    def write_bytes(self, name: str, content: bytes) -> None:
         """Write a file beside the tensors."""
-        self._writer.write_text(name, text)
+        self._writer.write_bytes(name, content)
 
     def _write(self, tree: Mapping[str, Any], prefix: str) -> None:
         for relative, leaf in leaves(tree):

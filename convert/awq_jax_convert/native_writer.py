@@ -71,9 +71,8 @@ class NativeWriter(ModelWriter):
         """Take one layer; see `ModelWriter.write_layer`."""
         self._write(part_name(index), layer, f"layers/{index}/")
 
-    def write_text(self, name: str, text: str) -> None:
+    def write_bytes(self, name: str, content: bytes) -> None:
         """Write a file beside the tensors."""
-        content = text.encode()
         write_file(self._work / name, (content,), len(content))
 
     def _write(self, name: str, tree: Mapping[str, Any], prefix: str) -> None:

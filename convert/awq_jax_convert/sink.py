@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from awq_jax._files import resolve_inside
 from awq_jax_convert.hf import HFCheckpoint
 from awq_jax_convert.hf_config import CONFIG
 
@@ -58,14 +59,18 @@ class ModelWriter(abc.ABC):
         """
 
     @abc.abstractmethod
-    def write_text(self, name: str, text: str) -> None:
+    def write_bytes(self, name: str, content: bytes) -> None:
         """Write a file beside the tensors."""
 
+    def write_text(self, name: str, text: str) -> None:
+        """`write_bytes` of UTF-8 text."""
+        self.write_bytes(name, text.encode())
+
     def _copy_beside(self) -> None:
-        """Copy the source's tokenizer and generation settings."""
+        """Copy the source's tokenizer and generation settings, byte for byte: tokenizer.model is not text."""
         for name in BESIDE:
             if (self.source.path / name).is_file():
-                self.write_text(name, (self.source.path / name).read_text(encoding="utf-8"))
+                self.write_bytes(name, resolve_inside(self.source.path, name).read_bytes())
 
 
 def narrowed(path: str, array: Any, dtype: np.dtype) -> np.ndarray:

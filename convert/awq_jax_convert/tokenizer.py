@@ -50,8 +50,18 @@ class Tokenizer:
         Args:
           text: any length.
           special: add what the tokenizer adds around a text, such as a token for its beginning.
+
+        Raises:
+          ValueError: half of a surrogate pair: JSON escapes and a shell's arguments can hold it, UTF-8 can't.
         """
-        return self._tokenizer.encode(text, add_special_tokens=special).ids
+        try:
+            return self._tokenizer.encode(text, add_special_tokens=special).ids
+        except TypeError:
+            at = next((i for i, letter in enumerate(text) if "\ud800" <= letter <= "\udfff"), 0)
+            found = text[at : at + 1]
+            raise ValueError(
+                f"character {at} is {found!r}, half of a surrogate pair, not a letter; remove it."
+            ) from None
 
     def decode(self, ids: Iterable[int]) -> str:
         """Text of ids, special tokens left out."""
