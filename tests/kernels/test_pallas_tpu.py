@@ -108,6 +108,22 @@ def test_shard_map(rng, implementation, spec):
     check(jax.jit(sharded), problem)
 
 
+@pytest.mark.parametrize("spec", [P(None, "n"), P("n", None)], ids=["columns", "rows, psum"])
+def test_shard_map_lowered_for_tpus(rng, spec):
+    """With the check of varying mesh axes on, which the interpreter does not pass."""
+    over_rows = spec == P("n", None)
+    problem = make_problem(rng, Case(3, 1024, 512, 128))
+    mesh = Mesh(np.array(jax.devices()[:4]), "n")
+
+    def local(x, *weight):
+        y = int4_matmul(x, *weight)
+        return jax.lax.psum(y, "n") if over_rows else y
+
+    in_specs = (P(None, "n") if over_rows else P(), spec, spec, spec)
+    sharded = jax.jit(jax.shard_map(local, mesh=mesh, in_specs=in_specs, out_specs=P() if over_rows else spec))
+    assert "tpu_custom_call" in sharded.trace(*problem.operands).lower(lowering_platforms=("tpu",)).as_text()
+
+
 def test_lowering_for_a_tpu_on_a_cpu_takes_the_kernel(rng):
     problem = make_problem(rng, Case(3, 256, 128, 128))
     lowered = lambda platform: jax.jit(int4_matmul).trace(*problem.operands).lower(lowering_platforms=(platform,))

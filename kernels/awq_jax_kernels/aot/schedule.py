@@ -5,7 +5,7 @@ import collections
 import re
 from pathlib import Path
 
-__all__ = ["count_bundles", "kernel_names", "profile_cycles", "scheduled_bundles"]
+__all__ = ["count_bundles", "estimated_cycles", "kernel_names", "profile_cycles", "scheduled_bundles"]
 
 _PROFILE = re.compile(r'hlo_op_name: "([^"]+)"\s+estimated_cycles: (\d+)')
 _BUNDLE = re.compile(r"\s*(?:0x)?[0-9a-f]+ +(?:[A-Z]{2})?: ([> ]*)\{")
@@ -30,6 +30,16 @@ def kernel_names(hlo: str) -> list[str]:
     ['k.1']
     """
     return re.findall(r'^\s*(?:ROOT )?%?([\w.\-]+) = .*custom_call_target="tpu_custom_call"', hlo, re.MULTILINE)
+
+
+def estimated_cycles(hlo: str) -> int:
+    """The sum of XLA's own estimates for the operations of the entry computation.
+
+    >>> estimated_cycles('ENTRY %main {\\n  %a = f32[] add(), backend_config={"estimated_cycles":"7"}\\n}')
+    7
+    """
+    entry = hlo[hlo.find("ENTRY ") :] if "ENTRY " in hlo else ""
+    return sum(map(int, re.findall(r'"estimated_cycles":"(\d+)"', entry)))
 
 
 def scheduled_bundles(folder: Path) -> dict[str, list[int]]:

@@ -9,13 +9,14 @@ For the kernel, whose copies and core overlap::
 
 A core-bound kernel waits for first pieces, a copy-bound one computes its last block after the last byte. `core` comes
 from the same program without its weight copies: libtpu's static profile plays the scheduled instructions, with the
-matrix unit's stalls; its waits for x and y, at 982 bytes a cycle, are taken off. Where that profiler gives up (v4, and
-v7x's kernels), `core` is the scheduled bundles of the loop times its steps, a lower bound. Starting the copies of a
-step takes 70 bundles more, by comparison of the two schedules. `latency` is libtpu's own 600 cycles. With two buffers
-instead of three, no copy is under way while the next one starts, and each step waits for a latency. BW is the data
-sheet's rate, of which a chip reaches about 92 percent; the bound that speed-ups are compared with uses the same rate.
+matrix unit's stalls; its waits for x and y, at 982 bytes a cycle, are taken off. Without a profile (v4, v7x) `core` is
+the scheduled bundles of the loop times its steps, a lower bound. Starting the copies of a step takes 70 bundles more,
+by comparison of the two schedules. `latency` is libtpu's own 600 cycles. With two buffers instead of three, no copy is
+under way while the next one starts, and each step waits for a latency. BW is the data sheet's rate, of which a chip
+reaches about 92 percent; the bound that speed-ups are compared with uses the same rate.
 
-For XLA's programs ``t = max(cycles, bytes / BW, flops / peak)``, each operand counted once and temporaries twice.
+For XLA's programs ``t = max(cycles, bytes / BW, flops / peak)`` with the cycles that XLA itself expects of its
+operations, each operand counted once and temporaries twice.
 """
 
 from dataclasses import dataclass
@@ -42,7 +43,7 @@ class Cost:
       hbm_us: bytes over the rate.
       fill_us: what nothing hides, first and last blocks.
       temp_bytes: HBM beside operands and results.
-      source: "cycles" (profile) or "bundles" (schedule).
+      source: "cycles" (profile), "bundles" (schedule) or "estimate" (XLA's own).
     """
 
     us: float
@@ -95,7 +96,7 @@ def kernel_cost(
     fill = latency + x / tpu.hbm_gb_s + fills * (latency + piece / tpu.hbm_gb_s)
     drain = latency + y / tpu.hbm_gb_s
     rest = (all_bytes - x - y - fills * piece) / tpu.hbm_gb_s
-    waits = 0 if config.buffers > 2 else latency * (steps - fills)
+    waits = 0.0 if config.buffers > 2 else latency * (steps - fills)
     total = fill + max(core, rest + waits + core / steps, _flops_ns(tpu, m, k, n)) + drain
     return Cost(total / 1e3, core / 1e3, all_bytes / tpu.hbm_gb_s / 1e3, (fill + drain) / 1e3, still.temp_bytes, source)
 
@@ -109,14 +110,14 @@ def _core_ns(tpu: Tpu, compiled: Compiled, steps: int) -> tuple[float, str]:
 
 
 def xla_cost(generation: str, compiled: Compiled, m: int, k: int, n: int) -> Cost | None:
-    """The model for a program without kernels; None without a profile."""
-    tpu = TPUS[generation]
-    if not compiled.cycles:
+    """The model for a program without kernels; None if it does not compile."""
+    if compiled.error:
         return None
-    core = sum(compiled.cycles.values()) / tpu.clock_ghz
+    tpu = TPUS[generation]
+    core = compiled.estimated_cycles / tpu.clock_ghz
     hbm = (compiled.argument_bytes + compiled.output_bytes + 2 * compiled.temp_bytes) / tpu.hbm_gb_s
     total = max(core, hbm, _flops_ns(tpu, m, k, n))
-    return Cost(total / 1e3, core / 1e3, hbm / 1e3, 0.0, compiled.temp_bytes, "cycles")
+    return Cost(total / 1e3, core / 1e3, hbm / 1e3, 0.0, compiled.temp_bytes, "estimate")
 
 
 def program(name: str, **arguments: Any) -> Any:

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from awq_jax_kernels.bench import programs
 from awq_jax_kernels.int4_matmul import int4_matmul, refusal, xla
 from awq_jax_kernels.int4_matmul.config import BlockConfig
 from awq_jax_kernels.int4_matmul.reference import dequantize
@@ -28,12 +29,13 @@ def compare(m: int, k: int, n: int, *, g: int = 128, interpret: bool = False) ->
     x, weights = _operands(m, k, n, g, copies)
     if reason := refusal(kernel, x, *weights[0]):
         raise ValueError(f"nothing to time: {reason}.")
+    dense_first, _ = programs.dequantize_then_dot(m=m, k=k, n=n, g=g)
     dense = [(dequantize(*w).astype(jnp.bfloat16),) for w in weights[: max(1, copies // 4)]]
     return {
         "bf16": median_us(jnp.matmul, x, dense),
         "ours": median_us(ours, x, weights),
         "grouped": median_us(xla.grouped, x, weights),
-        "dequantize_then_dot": median_us(lambda x, *w: x @ dequantize(*w).astype(x.dtype), x, weights),
+        "dequantize_then_dot": median_us(dense_first, x, weights),
     }
 
 

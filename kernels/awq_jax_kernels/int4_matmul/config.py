@@ -99,8 +99,12 @@ def vmem_bytes(config: BlockConfig, m: int, k: int, n: int, g: int) -> int:
     """About what a config holds in VMEM: x and y twice, the ring, what is made of x, and values in flight."""
     bm = -(-min(config.bm, m) // 16) * 16
     held = 2 * bm * (k + n // config.cores // config.splits) * 2 + config.buffers * config.bn * (k // 2 + 3 * k // g)
-    of_x = (bm * k * 2 if config.variant == "A" else 0) + 3 * bm * k // g * 2
-    return held + of_x + config.tile * (config.chunk * 8 + k // g * 12) + bm * config.tile * 16 + (bm * k * 4)
+    of_x = (
+        (bm * k * 4 if config.variant in "ABD" else 0)
+        + (bm * k * 2 if config.variant == "A" else 0)
+        + 3 * bm * k // g * 2
+    )
+    return held + of_x + config.tile * (config.chunk * 8 + k // g * 12) + bm * config.tile * 16
 
 
 def here() -> Tpu | None:

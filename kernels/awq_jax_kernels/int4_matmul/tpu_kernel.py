@@ -83,7 +83,12 @@ def fused(
         ),
         out_shape=_like((b, m, n), dtype, x, *weights),
         compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel" if config.cores > 1 else "arbitrary", *["arbitrary"] * 3),
+            dimension_semantics=(
+                "parallel" if config.cores > 1 else "arbitrary",
+                "arbitrary",
+                "arbitrary",
+                "arbitrary",
+            ),
             vmem_limit_bytes=config.vmem_mib << 20,
         ),
         interpret=pltpu.InterpretParams() if config.interpret is True else config.interpret,
@@ -93,8 +98,9 @@ def fused(
 
 def _like(shape: tuple[int, ...], dtype: Any, *operands: Any) -> jax.ShapeDtypeStruct:
     """A result that varies over the mesh axes that any operand varies over, as `jax.shard_map` wants to know."""
-    varying = frozenset().union(*(getattr(jax.typeof(o), "vma", frozenset()) for o in operands))
-    return jax.ShapeDtypeStruct(shape, dtype, vma=varying) if varying else jax.ShapeDtypeStruct(shape, dtype)
+    kinds = [jax.typeof(operand).manual_axis_type for operand in operands]
+    varying = frozenset().union(*(kind.varying for kind in kinds))
+    return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=type(kinds[0])(varying=varying))
 
 
 def _scratch(config: BlockConfig, bm: int, k: int, groups: int, order: int, *, symmetric: bool) -> dict[str, Any]:

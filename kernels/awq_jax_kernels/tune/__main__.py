@@ -22,7 +22,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m awq_jax_kernels.tune", description=__doc__)
     parser.add_argument("--gen", required=True, help=f"one of {', '.join(TPUS)}")
     parser.add_argument("--shape", help="KxN, comma-separated; the four of the benchmark without it")
-    parser.add_argument("--m", default="16,32,64,128,256,512")
+    parser.add_argument("--m", default="16,32,64,128,512")
     parser.add_argument("--group", type=int, default=128)
     parser.add_argument("--out", type=Path, default=Path(configs.__file__).parent / "tuned")
     args = parser.parse_args(argv)

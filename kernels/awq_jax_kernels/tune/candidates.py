@@ -18,15 +18,16 @@ def candidates(generation: str, m: int, k: int, n: int, g: int = 128) -> list[Bl
       ValueError: nothing fits.
     """
     tpu = TPUS[generation]
-    found = [
-        config
-        for variant in _variants(tpu, m)
-        for config in _cuts(tpu, variant, m, k, n)
-        if vmem_bytes(config, m, k, n, g) <= config.vmem_mib << 20
-    ]
-    if not found:
-        raise ValueError(f"no block size fits m={m}, k={k}, n={n} into {tpu.vmem_mib} MiB of {tpu.name}'s VMEM.")
-    return found
+    for bm in (512, 256, 128, 64, 32, 16):  # all rows in one block, so that the weight is fetched once
+        found = [
+            config
+            for variant in _variants(tpu, m)
+            for config in _cuts(tpu, variant, bm, m, k, n)
+            if vmem_bytes(config, m, k, n, g) <= config.vmem_mib << 20
+        ]
+        if found:
+            return found
+    raise ValueError(f"no block size fits m={m}, k={k}, n={n} into {tpu.vmem_mib} MiB of {tpu.name}'s VMEM.")
 
 
 def _variants(tpu: Tpu, m: int) -> list[Variant]:
@@ -37,7 +38,7 @@ def _variants(tpu: Tpu, m: int) -> list[Variant]:
     return ["A"] if m <= 64 else ["A", "F"]
 
 
-def _cuts(tpu: Tpu, variant: Variant, m: int, k: int, n: int) -> Iterator[BlockConfig]:
+def _cuts(tpu: Tpu, variant: Variant, bm: int, m: int, k: int, n: int) -> Iterator[BlockConfig]:
     cores = tpu.cores
     chunk = next(c for c in (512, 256, 128) if k % c == 0)
     for bn in (128, 256, 512, 1024, 2048):
@@ -47,7 +48,14 @@ def _cuts(tpu: Tpu, variant: Variant, m: int, k: int, n: int) -> Iterator[BlockC
         steps = n // cores // bn
         # One share ends sooner where y is small; where it is large, writing the last one is what remains.
         splits = 1 if m <= 64 else next((s for s in (4, 3, 2, 7) if steps % s == 0), 1)
-        tile = min(bn, 256 if m <= 64 else 512)
-        yield BlockConfig(
-            variant, bm=512, bn=bn, tile=tile, chunk=chunk, splits=splits, cores=cores, vmem_mib=tpu.vmem_mib * 7 // 8
-        )
+        for tile in sorted({min(bn, 256), min(bn, 512)} if m <= 64 else {min(bn, 512)}):
+            yield BlockConfig(
+                variant,
+                bm=bm,
+                bn=bn,
+                tile=tile,
+                chunk=chunk,
+                splits=splits,
+                cores=cores,
+                vmem_mib=tpu.vmem_mib * 7 // 8,
+            )
