@@ -3,7 +3,7 @@
 
 For the kernel, whose copies and core overlap::
 
-    fill  = latency + block of x / BW + (latency + first piece of the weight / BW) for each share of the columns
+    fill  = latency + block of x / BW + latency + first piece of the weight / BW
     drain = latency + last share of y / BW
     t     = fill + max(core, rest of the bytes / BW + core / steps, flops / peak) + drain
 
@@ -83,7 +83,7 @@ def kernel_cost(
     tpu = TPUS[generation]
     bm = -(-min(config.bm, m) // 16) * 16
     row_blocks, steps = -(-m // bm), n // config.bn // min(config.cores, tpu.cores)
-    steps, fills = steps * row_blocks, config.splits * row_blocks
+    steps, fills = steps * row_blocks, row_blocks
     x, y = bm * k * 2, bm * n * 2 / config.splits
     core, source = _core_ns(tpu, still, steps)
     if source == "cycles":

@@ -21,6 +21,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, BFloat16, Float, Int8, Int32
 
 from awq_jax_kernels.int4_matmul.config import BlockConfig
+from awq_jax_kernels.int4_matmul.ring import Ring
 from awq_jax_kernels.int4_matmul.unpack import OFFSET, ROWS, permutation, split, unpack_a, unpack_b, unpack_d
 
 __all__ = ["fused"]
@@ -117,60 +118,45 @@ def _scratch(config: BlockConfig, bm: int, k: int, groups: int, order: int, *, s
 def _kernel(*refs: Any, config: BlockConfig, names: tuple[str, ...], order: int, still: bool) -> None:
     *experts_ref, x_ref, weights, out_ref, rings, arrived, arrived_first, scratch = refs
     kept = dict(zip(names, scratch, strict=True))
-    groups, bn = weights[1].shape[1], config.bn
-    columns = out_ref.shape[1] // bn
-    expert = experts_ref[0][pl.program_id(1)] if experts_ref else pl.program_id(1)
+    groups, tile = weights[1].shape[1], config.tile
     g = x_ref.shape[1] // groups
+    here, pieces = out_ref.shape[1] // config.bn, config.bn // tile  # blocks of this share, tiles of a block
+    share, everything = pl.program_id(3), here * config.splits
+    expert = experts_ref[0][pl.program_id(1)] if experts_ref else pl.program_id(1)
+    base = pl.program_id(0) * everything * config.bn
+    ring = Ring(weights, rings, arrived, arrived_first, expert, base, still)
 
-    tiles = bn // config.tile
+    def compute(i: Any, piece: int) -> None:
+        columns = pl.ds(piece * tile, tile)
+        y = _tile(x_ref, ring.at(share * here + i), columns, kept, g=g, config=config, order=order)
+        out_ref[:, pl.ds(pl.multiple_of(i * config.bn + piece * tile, 128), tile)] = y.astype(out_ref.dtype)
 
-    def copies(start: Any, width: int, slot: Any, at: int, arrived: Any) -> list[Any]:
-        """Bring columns ``start : start + width`` of this instance's share to column `at` of a slot."""
-        share = pl.program_id(0) * config.splits + pl.program_id(3)
-        place = pl.ds(pl.multiple_of(share * columns * bn + start, width), width)
-        pairs = [] if still else enumerate(zip(weights, rings, strict=True))
-        return [
-            pltpu.make_async_copy(w.at[expert, :, place], ring.at[slot, :, pl.ds(at, width)], arrived.at[t])
-            for t, (w, ring) in pairs
-        ]
+    def first() -> None:
+        """Nothing hides the first bytes, so the first block comes and is computed in pieces."""
+        for piece in range(pieces):
+            ring.start_piece(piece, tile)
+        for block in range(1, min(config.buffers, everything)):
+            ring.start(block)
+        if kept:
+            _prepare_x(x_ref, kept, g, order)
+        for piece in range(pieces):
+            ring.wait_piece(piece, tile)
+            compute(0, piece)
 
-    def block(i: Any) -> list[Any]:
-        slot = jax.lax.rem(i, jnp.int32(config.buffers))
-        return copies(i * bn, bn, slot, 0, arrived.at[slot])
+    def step(i: Any) -> None:
+        block = share * here + i
+        ahead = block + config.buffers - 1
+        pl.when(ahead < everything)(lambda: ring.start(ahead))
+        ring.wait(block)
+        for piece in range(pieces):
+            compute(i, piece)
 
-    def piece(p: int) -> list[Any]:
-        return copies(p * config.tile, config.tile, 0, p * config.tile, arrived_first.at[p])
-
-    def compute(i: Any, p: int) -> None:
-        slot = jax.lax.rem(i, jnp.int32(config.buffers))
-        operands = [ring.at[slot] for ring in rings]
-        y = _tile(x_ref, operands, pl.ds(p * config.tile, config.tile), kept, g=g, config=config, order=order)
-        into = pl.ds(pl.multiple_of(i * bn + p * config.tile, 128), config.tile)
-        out_ref[:, into] = y.astype(out_ref.dtype)
-
-    # Nothing hides the first bytes, so the first block comes and is computed in pieces.
-    for p in range(tiles):
-        _each(piece(p), "start")
-    for i in range(1, min(config.buffers, columns)):
-        _each(block(jnp.int32(i)), "start")
-    if kept:
-        pl.when(pl.program_id(3) == 0)(lambda: _prepare_x(x_ref, kept, g, order))
-    for p in range(tiles):
-        _each(piece(p), "wait")
-        compute(jnp.int32(0), p)
-
-    @pl.loop(1, columns)
-    def _(i: Any) -> None:
-        ahead = i + config.buffers - 1
-        pl.when(ahead < columns)(lambda: _each(block(ahead), "start"))
-        _each(block(i), "wait")
-        for p in range(tiles):
-            compute(i, p)
-
-
-def _each(copies: list[Any], do: str) -> None:
-    for copy in copies:
-        getattr(copy, do)()
+    if config.splits == 1:
+        first()
+    else:  # the ring goes on turning from share to share
+        pl.when(share == 0)(first)
+        pl.when(share > 0)(lambda: step(0))
+    pl.loop(1, here)(step)
 
 
 def _dot(a: Any, b: Any) -> Any:

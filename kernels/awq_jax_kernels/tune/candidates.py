@@ -46,9 +46,9 @@ def _cuts(tpu: Tpu, variant: Variant, bm: int, m: int, k: int, n: int) -> Iterat
         if n % (bn * cores) or not low <= k * bn // 2 <= high:
             continue
         steps = n // cores // bn
-        # One share ends sooner where y is small; where it is large, writing the last one is what remains.
-        splits = 1 if m <= 64 else next((s for s in (4, 3, 2, 7) if steps % s == 0), 1)
-        for tile in sorted({min(bn, 256), min(bn, 512)} if m <= 64 else {min(bn, 512)}):
+        # The last share of y is written when nothing else is left to do; a large one had better be short.
+        most = max(s for s in (1, 2, 3, 4, 6, 7, 8) if steps % s == 0 and (s == 1 or steps // s > 1))
+        for tile, splits in {(min(bn, tile), s) for tile in (256, 512) for s in ({1, most} if m <= 32 else {most})}:
             yield BlockConfig(
                 variant,
                 bm=bm,
