@@ -144,7 +144,7 @@ def search_scale(
     if loss is None and stats.gram is None:
         raise ValueError("the gram objective needs ActStats.gram: observe(..., gram=True).")
     specs = [spec] * len(weights) if isinstance(spec, QuantSpec) else list(spec)
-    # Outputs are rounded one by one, so weights of one format may stand side by side: a third of the program to compile.
+    # Outputs are rounded one by one, so weights of one format may stand side by side: a third less to compile.
     widths, formats = [w.shape[1] for w in weights], [*dict.fromkeys(specs)]
     if len(formats) == 1:
         specs, widths = formats, [sum(widths)]

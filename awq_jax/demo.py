@@ -110,7 +110,7 @@ def run_demo(
       FileExistsError: ``out`` exists.
       FileNotFoundError: this Python has no source of its standard library, whose documentation is the text.
     """
-    samples, tokens = (16, 4_000) if quick else (128, 20_000)
+    samples, tokens = (16, 4_000) if quick else (64, 20_000)
     rows: list[DemoRow] = []
     with published(out) as work:
         progress("reading the standard library's documentation")

@@ -48,7 +48,7 @@ def model_card(name: str, family: str, report: Report) -> str:
         "|---|---|---|---|---|---|",
         *map(_row, report.layers),
         "",
-        "`awq_jax_report.json` holds every group's losses. Load it with awq-jax, vLLM or transformers.",
+        "`awq_jax_report.json` holds every group's losses, `awq_jax_manifest.json` the recipe with its overrides.",
         "",
     ]
     return "\n".join(lines)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""See it work: quantize the shipped model to INT4 and compare it with the original, in about a minute.
+"""See it work: quantize the shipped model to INT4 and compare it with the original, in two minutes.
 
 The model is a small Llama that this project trained on the Python standard library's text. It is quantized by rounding
 to nearest and by AWQ, as it is and with planted outliers: a rewrite that keeps its function and gives it the few large

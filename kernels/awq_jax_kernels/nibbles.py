@@ -78,6 +78,9 @@ def pack(codes: UInt8[Array, "*b k n"]) -> Int8[Array, "*b k2 n"]:
 
 def unpack_signed(packed: Int8[Array, "*b k2 n"]) -> Int4[Array, "*b k n"]:
     """int8 ``[*b, k/2, n]`` to int4 ``q - 8``, ``[*b, k, n]``: a bitcast and a move of the nibble axis."""
+    # A weight that a program closes over is a constant to XLA, whose constant folding gets this bitcast wrong (jax 0.10
+    # to 0.11): the barrier keeps it from being folded.
+    packed = jax.lax.optimization_barrier(packed)
     pairs = jax.lax.bitcast_convert_type(packed, jnp.int4)  # [*b, k2, n, 2], low nibble first
     *b, k2, n, _ = pairs.shape
     return jnp.moveaxis(pairs, -1, -2).reshape(*b, 2 * k2, n)

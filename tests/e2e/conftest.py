@@ -19,7 +19,6 @@ SIZES = {
     "num_key_value_heads": 2,
     "head_dim": 16,
     "max_position_embeddings": 128,
-    "eos_token_id": 0,
 }
 TEXT = "The quick brown fox jumps over the lazy dog, and the dog does not mind at all. " * 60
 
