@@ -21,7 +21,7 @@ INTERPRET = BlockConfig(
 SIZES = [(5, 0, 17, 3), (0, 0, 0, 25), (1, 1, 1, 1), (0, 0, 0, 0), (16, 16, 0, 1)]
 
 
-def experts(rng, m, case, **options) -> tuple[Any, Any, Any]:
+def experts(rng, m, case, **options) -> tuple[Any, Any, tuple[Any, Any, Any]]:
     problems = [make_problem(rng, case, **options) for _ in range(4)]
     weights = jax.tree.map(lambda *leaves: jnp.stack(leaves), *[p.operands[1:] for p in problems])
     x = jnp.concatenate([p.x for p in problems])[:m]
