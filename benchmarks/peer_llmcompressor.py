@@ -1,4 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
+# pyright: reportMissingImports=false
 """Quantize with llm-compressor's AWQ and measure the result; `peers.py` runs this in llm-compressor's own environment.
 
     python peer_llmcompressor.py SRC tokens.json        # {"calibration": [[id, …], …], "windows": [[id, …], …]}
