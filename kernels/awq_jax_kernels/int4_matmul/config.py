@@ -70,26 +70,27 @@ def for_tpu(tpu: Tpu, m: int, k: int, n: int, g: int, *, zeros: bool, exact: boo
 def derive(m: int, k: int, n: int, g: int, *, tpu: Tpu | None, exact: bool) -> BlockConfig:
     """A config from sizes alone.
 
-    Blocks of about a megabyte: large enough to hide what a grid step costs, small enough that the first one, which
+    Blocks of one to three megabytes: large enough to hide what a grid step costs, small enough that the first one, which
     nothing hides, is a few percent. Without a device, one that every generation can compile.
     """
     variant: Variant = "B"
     if tpu is not None:
         wide = m > 64 and not exact
-        if tpu.fp8_mxu and not wide:
+        if tpu.fp8_mxu and (m <= 32 or exact):
             variant = "D"
         elif tpu.bf16_vpu:
             variant = "B" if exact else "E"
         else:
             variant = "F" if wide else "A" if g % 128 == 0 else "B"
     cores = 2 if tpu is not None and tpu.megacore and n % 256 == 0 else 1
-    chunk = 256 if k % 256 == 0 and g < k else 128
+    chunk = next((c for c in (512, 256) if k % c == 0 and c % g == 0), g if g % 128 == 0 else 128)
     base = BlockConfig(variant, chunk=chunk, cores=cores, vmem_mib=14 if tpu is None else tpu.vmem_mib * 7 // 8)
     for bm in (512, 256, 128, 64, 32, 16):
         for bn in (1024, 512, 256, 128):
-            splits = 4 if m > 64 and n % (4 * bn * cores) == 0 else 1
+            blocks = n // (bn * cores)
+            splits = max(s for s in (1, 2, 3, 4, 6, 7, 8) if (m > 32 and blocks % s == 0 and blocks > s) or s == 1)
             config = dataclasses.replace(base, bm=bm, bn=bn, tile=min(bn, 256), splits=splits)
-            small = bn == 128 or k * bn <= 1 << 22
+            small = bn == 128 or k * bn <= 3 << 21
             if n % (bn * cores) == 0 and small and vmem_bytes(config, m, k, n, g) <= config.vmem_mib << 20:
                 return config
     return dataclasses.replace(base, bm=16, buffers=2)
