@@ -70,8 +70,8 @@ def for_tpu(tpu: Tpu, m: int, k: int, n: int, g: int, *, zeros: bool, exact: boo
 def derive(m: int, k: int, n: int, g: int, *, tpu: Tpu | None, exact: bool) -> BlockConfig:
     """A config from sizes alone.
 
-    Blocks of one to three megabytes: large enough to hide what a grid step costs, small enough that the first one,
-    which nothing hides, is a few percent. Without a device, one that every generation can compile.
+    Blocks of one to three megabytes: large enough to hide what a step costs, small enough that the last one, which is
+    computed after all bytes have come, is a few percent. Without a device, one that every generation can compile.
     """
     variant: Variant = "B"
     if tpu is not None:
