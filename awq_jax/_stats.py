@@ -47,8 +47,11 @@ def _bin(magnitude: Array) -> Array:
     return jnp.clip((octave * _BINS_PER_OCTAVE).astype(jnp.int32), 0, _BINS - 1)
 
 
-def _gram(x: Float[Array, "t k"], weight: int) -> Float[Array, "k k"]:
-    return weight * jnp.matmul(x.T, x, precision="highest")
+def _gram(x: Float[Array, "t k"], keep: Bool[Array, " t"], stride: int) -> Float[Array, "k k"]:
+    if stride > 1:
+        # Padding goes last, so that it does not take the place of tokens: a short document's would all be skipped.
+        x = x[jnp.argsort(~keep, stable=True)[::stride]]
+    return stride * jnp.matmul(x.T, x, precision="highest")
 
 
 def observe(
@@ -65,7 +68,7 @@ def observe(
       x: ``[..., k]``; sums are taken in float32.
       mask: tokens to count, ``[...]``; padding is False.
       gram: keep ``X' X``, ``4 k**2`` bytes.
-      stride: take every stride-th token for the Gram matrix, and count it stride times.
+      stride: take every stride-th of the tokens that count for the Gram matrix, and weigh it stride times.
       histogram: keep what `percentile` needs.
 
     >>> observe(jnp.array([[1.0, -2.0], [3.0, 0.0]])).abs_sum.tolist()
@@ -84,7 +87,7 @@ def observe(
         count=counted.sum(),
         abs_sum=magnitude.sum(0),
         abs_max=magnitude.max(0, initial=0.0),
-        gram=_gram(x[::stride], stride) if gram else None,
+        gram=_gram(x, keep.reshape(-1), stride) if gram else None,
         histogram=bins,
     )
 

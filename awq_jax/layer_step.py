@@ -111,9 +111,16 @@ def _relative_errors(
     return list(jax.lax.map(error, stacked))
 
 
-@partial(jax.jit, static_argnames=("config", "plan", "measured"), donate_argnames=("hidden",))
+@partial(jax.jit, static_argnames=("config", "plan", "measured", "tokens"), donate_argnames=("hidden",))
 def quantize_and_measure(
-    params: Params, hidden: Array, mask: Array, *, config: DecoderConfig, plan: LayerPlan, measured: int = 1
+    params: Params,
+    hidden: Array,
+    mask: Array,
+    *,
+    config: DecoderConfig,
+    plan: LayerPlan,
+    measured: int = 1,
+    tokens: int | None = None,
 ) -> LayerOutcome:
     """Quantize one layer on its calibration inputs and choose between the search's result and round to nearest.
 
@@ -123,9 +130,10 @@ def quantize_and_measure(
       mask: ``[chunks, b, t]``, False on padding.
       config: of the model.
       plan: of this layer.
+      tokens: how many of the mask are True, for `SearchSpec.stride`; None takes all for tokens.
       measured: chunks that the output error is measured on, and the block objective evaluated on.
     """
-    stats, outputs = calibrate(_observer(config, plan, mask.size), params, (hidden, mask), has_aux=True)
+    stats, outputs = calibrate(_observer(config, plan, tokens or mask.size), params, (hidden, mask), has_aux=True)
     sample = jax.tree.map(lambda a: a[:measured].reshape(-1, *a.shape[2:]), (hidden, outputs, mask))
     inputs, target, keep = sample
     loss = _block_loss(config, params, inputs, keep, plan) if plan.search.objective == "block" else lambda group: None

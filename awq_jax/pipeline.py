@@ -272,10 +272,13 @@ def _layers(
     hidden = jax.jit(embed, static_argnums=0)(config, jax.tree.map(jnp.asarray, stem), tokens)
     del stem
     measured = max(1, round(_MEASURED / tokens[0].size))
+    counted = int(batches[1].sum())
     for index, (plan, params) in enumerate(zip(plans, _read_ahead(checkpoint), strict=True)):
         with clock.phase("quantize"):
             params = jax.tree.map(jnp.asarray, params)
-            outcome = quantize_and_measure(params, hidden, mask, config=config, plan=plan, measured=measured)
+            outcome = quantize_and_measure(
+                params, hidden, mask, config=config, plan=plan, measured=measured, tokens=counted
+            )
             hidden = outcome.hidden
             outcome = jax.device_get(dataclasses.replace(outcome, hidden=None))
         _refuse_unusable(index, outcome.layer.params, outcome)

@@ -92,3 +92,10 @@ def test_short_texts_are_used_whole():
     assert SearchSpec(tokens_per_channel=None).stride(1 << 20, 128) == 1
     with pytest.raises(ValueError, match="tokens_per_channel is 0"):
         SearchSpec(tokens_per_channel=0)
+
+
+def test_padding_does_not_take_the_place_of_tokens(rng):
+    x = jnp.asarray(rng.standard_normal((8, 16, 4)).astype(np.float32))
+    mask = jnp.arange(16) < jnp.asarray(rng.integers(1, 5, (8, 1)))  # documents of one to four tokens
+    kept = np.asarray(x, np.float64)[np.asarray(mask)]
+    np.testing.assert_allclose(observe(x, mask, stride=4).gram, 4 * kept[::4].T @ kept[::4], rtol=1e-5, atol=1e-5)
