@@ -12,7 +12,7 @@ from pathlib import Path
 
 from awq_jax._manifest import MANIFEST
 
-__all__ = ["INCOMPLETE", "published", "write_file"]
+__all__ = ["INCOMPLETE", "published", "write_bytes", "write_file"]
 
 INCOMPLETE = "_INCOMPLETE"
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -48,6 +48,11 @@ def write_file(path: Path, pieces: Iterable[bytes | memoryview], nbytes: int) ->
         said = f"{why}: {nbytes} bytes are needed for {path.name!r}. Make room, or choose another disk"
         raise OSError(error.errno, said, str(path.parent)) from error
     return digest.hexdigest()
+
+
+def write_bytes(path: Path, content: bytes) -> str:
+    """`write_file` of content that is in memory."""
+    return write_file(path, (content,), len(content))
 
 
 def _refuse_existing(out: Path, overwrite: bool) -> None:
@@ -145,7 +150,7 @@ def published(out: str | os.PathLike[str], *, overwrite: bool = False, expected_
     try:
         _tidy(target)
         _refuse_existing(target, overwrite)
-        write_file(work / INCOMPLETE, (), 0)
+        write_bytes(work / INCOMPLETE, b"")
         yield work
         (work / INCOMPLETE).unlink()
         _sync(work)

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """The one orchestration: groups -> search -> fold -> clip -> round -> pack. Pure; one jit for a whole layer."""
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array
 
 from awq_jax._clip import search_clip
@@ -13,7 +13,7 @@ from awq_jax._fold import fold_scale
 from awq_jax._plan import GroupPlan, LayerPlan
 from awq_jax._pytree import pytree
 from awq_jax._round import quantize
-from awq_jax._search import ScaleResult, search_scale
+from awq_jax._search import ScaleResult, search_scale, split_columns
 from awq_jax._stats import ActStats
 from awq_jax._tree import get, put
 
@@ -41,12 +41,8 @@ def _search_group(params: Params, plan: GroupPlan, layer: LayerPlan, stats: ActS
     kernels = [get(params, path)["kernel"] for path, _, _ in plan.quantized]
     specs = [spec for _, spec, _ in plan.quantized]
     # A sink left in floating point still shares the input: its rows are scaled, but it adds no error.
-    search = layer.search if plan.group.producer is not None else _identity_only(layer)
+    search = layer.search if plan.group.producer is not None else dataclasses.replace(layer.search, rules=())
     return search_scale(stats, kernels, search, specs, tie=plan.tie, loss=loss)
-
-
-def _identity_only(layer: LayerPlan) -> Any:
-    return type(layer.search)(rules=(), objective=layer.search.objective, clip_ratios=layer.search.clip_ratios)
 
 
 def _round_group(params: Params, plan: GroupPlan, layer: LayerPlan, stats: ActStats | None, rows: Array | None) -> Any:
@@ -71,8 +67,7 @@ def _clip_group(
         paths = [path for path, other, may_clip in plan.quantized if may_clip and other == spec]
         wide = jnp.concatenate([kernels[path] for path in paths], axis=1)
         found = search_clip(gram, wide, spec, layer.search.clip_ratios)
-        ends = np.cumsum([kernels[path].shape[1] for path in paths])[:-1].tolist()
-        ratios |= dict(zip(paths, jnp.split(found, ends, axis=1), strict=True))
+        ratios |= dict(zip(paths, split_columns(found, [kernels[path].shape[1] for path in paths]), strict=True))
     return ratios
 
 

@@ -21,7 +21,7 @@ from awq_jax._spec import QuantSpec, ScaleRule, SearchSpec
 from awq_jax._stats import ActStats, percentile
 from awq_jax._tie import Tie
 
-__all__ = ["ScaleResult", "candidate_scales", "gram_loss", "search_scale"]
+__all__ = ["ScaleResult", "candidate_scales", "gram_loss", "search_scale", "split_columns"]
 
 _LIMIT = 1e4  # a channel is never scaled further than this, so folded norms stay representable
 
@@ -111,7 +111,7 @@ def gram_loss(error: Float[Array, "k n"], stats: ActStats) -> Float[Array, ""]:
     return jnp.vdot(error, jnp.matmul(stats.gram, error, precision="highest")) / jnp.maximum(stats.count, 1.0)
 
 
-def _split(wide: Array, widths: Sequence[int]) -> list[Array]:
+def split_columns(wide: Array, widths: Sequence[int]) -> list[Array]:
     """Columns back into weights."""
     return jnp.split(wide, np.cumsum(widths)[:-1].tolist(), axis=1)
 
@@ -148,14 +148,14 @@ def search_scale(
     widths, formats = [w.shape[1] for w in weights], [*dict.fromkeys(specs)]
     if len(formats) == 1:
         specs, widths = formats, [sum(widths)]
-    dense = _split(jnp.concatenate([w.astype(jnp.float32) for w in weights], axis=1), widths)
+    dense = split_columns(jnp.concatenate([w.astype(jnp.float32) for w in weights], axis=1), widths)
     scales = candidate_scales(stats, weights, search, specs[0], tie)
 
     def evaluate(t: Array) -> Array:
         rows = (tie.spread(t) if tie else t)[:, None]
         rounded = [fake_quantize(w * rows, s) / rows for w, s in zip(dense, specs, strict=True)]
         if loss is not None:
-            return loss(_split(jnp.concatenate(rounded, axis=1), [w.shape[1] for w in weights]))
+            return loss(split_columns(jnp.concatenate(rounded, axis=1), [w.shape[1] for w in weights]))
         return gram_loss(jnp.concatenate([w - c for w, c in zip(dense, rounded, strict=True)], axis=1), stats)
 
     losses = jax.lax.map(evaluate, scales)

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from awq_jax._manifest import MANIFEST, make_manifest, read_manifest, tree_digests, verify
-from awq_jax._publish import INCOMPLETE, published, write_file
+from awq_jax._publish import INCOMPLETE, published, write_bytes
 from awq_jax._qtensor import QTensor
 from awq_jax._tree import get, leaves, put
 
@@ -114,8 +114,7 @@ def save(
         part = write_part(work / "params", params)
         files = tree_digests(work, skip=(INCOMPLETE,))
         manifest = make_manifest(files, {}, recipe, parts={"params": part})
-        text = json.dumps(manifest, indent=2).encode()
-        write_file(work / MANIFEST, (text,), len(text))
+        write_bytes(work / MANIFEST, json.dumps(manifest, indent=2).encode())
 
 
 def load(path: str | os.PathLike[str]) -> dict[str, Any]:

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from awq_jax import stdlib_text
 from awq_jax._outliers import plant_outliers
-from awq_jax._publish import published, write_file
+from awq_jax._publish import published, write_bytes
 from awq_jax._spec import Recipe, SearchSpec, rule
 from awq_jax.pipeline import plans_of, quantize_checkpoint, read_samples
 from awq_jax.run import continue_prompt, evaluate_checkpoint, load_model
@@ -129,14 +129,9 @@ def run_demo(
                 begun = time.perf_counter()
                 quantize_checkpoint(dense, target, recipe=recipe, calib=chosen)
                 rows.append(_measure(name, method, target, seconds=time.perf_counter() - begun, **measured))
-        _write(work / "report.json", json.dumps([dataclasses.asdict(row) for row in rows], indent=1))
-        _write(work / "report.md", to_markdown(rows, prompt))
+        write_bytes(work / "report.json", json.dumps([dataclasses.asdict(row) for row in rows], indent=1).encode())
+        write_bytes(work / "report.md", to_markdown(rows, prompt).encode())
     return tuple(rows)
-
-
-def _write(path: Path, text: str) -> None:
-    content = text.encode()
-    write_file(path, (content,), len(content))
 
 
 def to_markdown(rows: list[DemoRow], prompt: str) -> str:

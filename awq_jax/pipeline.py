@@ -221,12 +221,13 @@ def quantize_checkpoint(
             calib = read_samples(checkpoint, path, samples=samples, seq_len=seq_len)
         check_vocabulary(calib, checkpoint.config.vocab_size)
         _refuse_long(calib, checkpoint.config.max_position_embeddings)
+    plain = dataclasses.asdict(recipe)
     writer = open_writer(
         format,
         checkpoint,
         out,
         group_size=next(iter(specs), recipe.quant).group_size,
-        recipe=dataclasses.asdict(recipe),
+        recipe=plain,
         overwrite=overwrite,
         expected_bytes=_expected_bytes(checkpoint, plans),
     )
@@ -238,7 +239,7 @@ def quantize_checkpoint(
                 LinearReport(path=path, method="float", reason=reason, bits=16, group_size=0)
                 for path, reason in checkpoint.outside
             ),
-            recipe=dataclasses.asdict(recipe),
+            recipe=plain,
             calibration={
                 "source": calib.source,
                 "samples": len(calib.tokens),

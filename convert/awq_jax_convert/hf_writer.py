@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """A Hugging Face directory, dense or quantized, written one layer at a time."""
 
-import contextlib
 import os
 from collections.abc import Mapping
 from typing import Any
@@ -42,24 +41,14 @@ class HFWriter(ModelWriter):
         overwrite: bool = False,
         expected_bytes: int = 0,
     ) -> None:
-        self.source, self._codec = source, codec
         self._writer = DirectoryWriter(out, overwrite=overwrite, expected_bytes=expected_bytes)
-        self._stack = contextlib.ExitStack()
+        super().__init__(source, self._writer)
+        self._codec = codec
         self._writer.recipe = None if recipe is None else dict(recipe)
         self._linears: dict[str, bool] = {}  # Hugging Face's module name -> whether it is quantized
 
-    def __enter__(self) -> "HFWriter":
-        self._stack.enter_context(self._writer)
-        self._stack.push(self._complete)  # unwound first, so that a failure in it removes the directory too
-        self._copy_beside()
-        return self
-
-    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
-        self._stack.__exit__(kind, error, trace)
-
-    def _complete(self, kind: Any, error: Any, trace: Any) -> None:
-        if error is None:
-            self._writer.write_json(CONFIG, self._config())
+    def _complete(self) -> None:
+        self._writer.write_json(CONFIG, self._config())
 
     def _config(self) -> dict[str, Any]:
         raw = self.source.hf.raw

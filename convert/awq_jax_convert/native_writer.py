@@ -1,15 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """The native form, written one layer at a time: what `NativeCheckpoint` reads."""
 
-import contextlib
 import json
 import os
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from awq_jax._manifest import MANIFEST, make_manifest, tree_digests
-from awq_jax._publish import INCOMPLETE, published, write_file
+from awq_jax._publish import INCOMPLETE, published, write_bytes
 from awq_jax._qtensor import QTensor
 from awq_jax.checkpoint import write_part
 from awq_jax_convert.hf import HFCheckpoint
@@ -40,28 +38,15 @@ class NativeWriter(ModelWriter):
         overwrite: bool = False,
         expected_bytes: int = 0,
     ) -> None:
-        self.source = source
+        super().__init__(source, published(out, overwrite=overwrite, expected_bytes=expected_bytes))
         self._recipe = recipe
-        self._directory = published(out, overwrite=overwrite, expected_bytes=expected_bytes)
-        self._stack = contextlib.ExitStack()
-        self._work = Path()
         self._parts: dict[str, Any] = {}
 
-    def __enter__(self) -> "NativeWriter":
-        self._work = self._stack.enter_context(self._directory)
-        self._stack.push(self._complete)  # unwound first, so that a failure in it removes the directory too
+    def _complete(self) -> None:
         self.write_text(CONFIG, json.dumps(self.source.hf.raw, indent=2) + "\n")
-        self._copy_beside()
-        return self
-
-    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
-        self._stack.__exit__(kind, error, trace)
-
-    def _complete(self, kind: Any, error: Any, trace: Any) -> None:
-        if error is None:
-            files = tree_digests(self._work, skip=(INCOMPLETE,))
-            manifest = make_manifest(files, {}, self._recipe, format=FORMAT, parts=self._parts)
-            self.write_text(MANIFEST, json.dumps(manifest, indent=2) + "\n")
+        files = tree_digests(self._directory, skip=(INCOMPLETE,))
+        manifest = make_manifest(files, {}, self._recipe, format=FORMAT, parts=self._parts)
+        self.write_text(MANIFEST, json.dumps(manifest, indent=2) + "\n")
 
     def write_stem(self, stem: Mapping[str, Any]) -> None:
         """Take everything outside the layers; see `ModelWriter.write_stem`."""
@@ -73,10 +58,10 @@ class NativeWriter(ModelWriter):
 
     def write_bytes(self, name: str, content: bytes) -> None:
         """Write a file beside the tensors."""
-        write_file(self._work / name, (content,), len(content))
+        write_bytes(self._directory / name, content)
 
     def _write(self, name: str, tree: Mapping[str, Any], prefix: str) -> None:
-        self._parts[name] = write_part(self._work / name, self._narrowed(tree, prefix))
+        self._parts[name] = write_part(self._directory / name, self._narrowed(tree, prefix))
         self.nbytes += self._parts[name]["nbytes"]
 
     def _narrowed(self, tree: Mapping[str, Any], prefix: str) -> dict[str, Any]:

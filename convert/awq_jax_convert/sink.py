@@ -2,6 +2,7 @@
 """What every writer of a model offers: the parts of a checkpoint, taken one layer at a time, published whole."""
 
 import abc
+import contextlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -36,14 +37,28 @@ class ModelWriter(abc.ABC):
       nbytes: of the tensors written so far.
     """
 
-    source: HFCheckpoint
-    nbytes: int = 0
+    def __init__(self, source: HFCheckpoint, directory: contextlib.AbstractContextManager[Any]) -> None:
+        self.source, self.nbytes = source, 0
+        self._opening = directory
+        self._directory: Any = None  # what opening gave
+        self._stack = contextlib.ExitStack()
+
+    def __enter__(self) -> "ModelWriter":
+        self._directory = self._stack.enter_context(self._opening)
+        self._stack.push(self._end)  # unwound first, so that a failure in it removes the directory too
+        self._copy_beside()
+        return self
+
+    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
+        self._stack.__exit__(kind, error, trace)
+
+    def _end(self, kind: Any, error: Any, trace: Any) -> None:
+        if error is None:
+            self._complete()
 
     @abc.abstractmethod
-    def __enter__(self) -> "ModelWriter": ...
-
-    @abc.abstractmethod
-    def __exit__(self, kind: Any, error: Any, trace: Any) -> None: ...
+    def _complete(self) -> None:
+        """Write what only the whole model decides."""
 
     @abc.abstractmethod
     def write_stem(self, stem: Mapping[str, Any]) -> None:

@@ -11,7 +11,7 @@ import numpy as np
 
 from awq_jax._files import resolve_inside
 from awq_jax._manifest import MANIFEST, make_manifest
-from awq_jax._publish import INCOMPLETE, published, write_file
+from awq_jax._publish import INCOMPLETE, published, write_bytes
 from awq_jax_convert.safetensors_dir import INDEX, SINGLE
 from awq_jax_convert.safetensors_header import DTYPES, dtype_name
 from awq_jax_convert.shard import tensor_digest, write_shard
@@ -101,7 +101,7 @@ class DirectoryWriter:
         reserved = ("", ".", "..", MANIFEST, INDEX, INCOMPLETE, *self._files)
         if name != os.path.basename(name) or name in reserved or name.endswith(".safetensors"):
             raise ValueError(f"cannot write a file {name!r}: not a plain, unused file name.")
-        self._files[name] = write_file(self._work / name, (content,), len(content))
+        self._files[name] = write_bytes(self._work / name, content)
 
     def write_text(self, name: str, text: str) -> None:
         """`write_bytes` of UTF-8 text."""
@@ -126,7 +126,7 @@ class DirectoryWriter:
         self._flush()
         self._name_shards()
         text = _json(make_manifest(self._files, self._tensors, self.recipe)).encode()
-        write_file(self._work / MANIFEST, (text,), len(text))
+        write_bytes(self._work / MANIFEST, text)
 
     def _name_shards(self) -> None:
         """Shards get their final names last, because these hold the count."""
@@ -139,7 +139,7 @@ class DirectoryWriter:
             placed |= dict.fromkeys(held, name)
         if count > 1:
             text = _json({"metadata": {"total_size": self._total}, "weight_map": dict(sorted(placed.items()))}).encode()
-            self._files[INDEX] = write_file(self._work / INDEX, (text,), len(text))
+            self._files[INDEX] = write_bytes(self._work / INDEX, text)
 
 
 def _json(content: Any) -> str:

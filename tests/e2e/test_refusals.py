@@ -159,14 +159,19 @@ def test_infinite_activations_leave_the_layer_rounded_and_named(damaged: Path, t
     assert "layers/1/mlp/down are not finite" in reasons["layers/1/mlp/down"]
 
 
+def quantize_in_a_process(code: str, source: Path, out: Path) -> "subprocess.CompletedProcess[str]":
+    """Run code that ends by calling ``main`` with its arguments, on a quantization."""
+    arguments = ["quantize", str(source), str(out), "--calib", str(source / "text.txt"), *FAST]
+    return subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=False)
+
+
 def test_a_full_disk_leaves_nothing_and_says_what_is_needed(llama: Oracle, tmp_path: Path):
     code = (
         "import resource, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN);"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000));"
         "from awq_jax.cli import main; sys.exit(main(sys.argv[1:]))"
     )
-    arguments = ["quantize", str(llama.path), str(tmp_path / "out"), "--calib", str(llama.path / "text.txt"), *FAST]
-    done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=False)
+    done = quantize_in_a_process(code, llama.path, tmp_path / "out")
     assert done.returncode == 1, done.stderr
     assert "bytes are needed" in done.stderr
     assert "Traceback" not in done.stderr
@@ -179,8 +184,7 @@ def test_an_interrupt_leaves_nothing(llama: Oracle, tmp_path: Path):
         "p.layer_report = lambda *a: (os.kill(os.getpid(), signal.SIGINT), real(*a))[1];"
         "from awq_jax.cli import main; sys.exit(main(sys.argv[1:]))"
     )
-    arguments = ["quantize", str(llama.path), str(tmp_path / "out"), "--calib", str(llama.path / "text.txt"), *FAST]
-    done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=False)
+    done = quantize_in_a_process(code, llama.path, tmp_path / "out")
     assert done.returncode == 130, done.stderr
     assert "interrupted" in done.stderr
     assert not list(tmp_path.iterdir())
@@ -189,7 +193,7 @@ def test_an_interrupt_leaves_nothing(llama: Oracle, tmp_path: Path):
 
 def test_torch_is_never_imported(llama: Oracle, tmp_path: Path):
     code = "import sys; from awq_jax.cli import main; main(sys.argv[1:]); print('torch' in sys.modules)"
-    arguments = ["quantize", str(llama.path), str(tmp_path / "out"), "--calib", str(llama.path / "text.txt"), *FAST]
-    done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=True)
+    done = quantize_in_a_process(code, llama.path, tmp_path / "out")
+    assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == "False"
     assert torch  # it is installed here, so that the line above could have been True

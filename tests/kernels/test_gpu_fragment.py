@@ -81,10 +81,12 @@ def test_derived_blocks_cut_every_shape():
 
 def test_tuned_blocks_fit_their_shapes():
     from awq_jax_kernels.int4_matmul.pallas_gpu import config
+    from awq_jax_kernels.int4_matmul.tuned_table import tuned_rows
 
-    for name in ("h100", "h200"):
-        for key, blocks in config._tuned(name).items():
+    for name in ("nvidia_h100", "nvidia_h200"):
+        for key, row in tuned_rows(name).items():
             m, k, n = (int(word[1:]) for word in key.split())
+            blocks = config.BlockConfig(**row)
             assert blocks.problem(k, n, 128) is None and config.tuned_key(m, k, n) == key
 
 

@@ -2,15 +2,13 @@
 """Block sizes of the TPU kernel: tuned where someone has tuned, derived elsewhere."""
 
 import dataclasses
-import functools
-import importlib.resources
-import json
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import jax
 
-from awq_jax_kernels.chips import TPUS, Tpu, tpu_of
+from awq_jax_kernels.chips import Tpu, tpu_of
+from awq_jax_kernels.int4_matmul.tuned_table import tuned_rows
 
 __all__ = ["BlockConfig", "Variant", "choose", "derive", "for_tpu", "here", "tuned_key", "vmem_bytes"]
 
@@ -63,8 +61,8 @@ def choose(m: int, k: int, n: int, g: int, *, zeros: bool, exact: bool) -> Block
 
 def for_tpu(tpu: Tpu, m: int, k: int, n: int, g: int, *, zeros: bool, exact: bool) -> BlockConfig:
     """`choose` for a given TPU."""
-    tuned = None if exact else _tuned(tpu.name).get(tuned_key(m, k, n, g, zeros))
-    return tuned or derive(m, k, n, g, tpu=tpu, exact=exact)
+    tuned = None if exact else tuned_rows(tpu.name).get(tuned_key(m, k, n, g, zeros))
+    return BlockConfig(**tuned) if tuned else derive(m, k, n, g, tpu=tpu, exact=exact)
 
 
 def derive(m: int, k: int, n: int, g: int, *, tpu: Tpu | None, exact: bool) -> BlockConfig:
@@ -120,12 +118,3 @@ def here() -> Tpu | None:
 def tuned_key(m: int, k: int, n: int, g: int, zeros: bool) -> str:
     """The row of a tuned table: m rounded up to a power of two from 16, the rest exact."""
     return f"m{max(16, 1 << (m - 1).bit_length())} k{k} n{n} g{g} {'zeros' if zeros else 'symmetric'}"
-
-
-@functools.cache
-def _tuned(name: str) -> dict[str, BlockConfig]:
-    """``tuned/<generation>.json``, as `awq_jax_kernels.tune` wrote it; empty for a generation without one."""
-    file = importlib.resources.files("awq_jax_kernels.int4_matmul") / "tuned" / f"{name}.json"
-    if name not in TPUS or not file.is_file():
-        return {}
-    return {key: BlockConfig(**row) for key, row in json.loads(file.read_text())["configs"].items()}

@@ -5,6 +5,7 @@ This file checks operands and brings x to bfloat16; `tpu_kernel` is the kernel.
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -73,13 +74,19 @@ def int4_matmul(
         config = choose(parts * m, k, n, k // scale.shape[0], zeros=zero is not None, exact=parts > 1)
     if reason := supports(x, packed, scale, zero, config=config):
         raise ValueError(f"{config} does not fit x {x.shape} and packed {packed.shape}: {reason}.")
+    return _in_bfloat16(x, scale, lambda rows, s, out: _batchable(config, out)(rows, packed, s, zero))
+
+
+def _in_bfloat16(x: Any, scale: Any, multiply: Callable[[Any, Any, str | None], Any]) -> Any:
+    """``multiply(x, scale, dtype of y)`` with x as rows of bfloat16 terms, whose results are added up."""
+    parts = _PARTS[str(x.dtype)]
     if scale.dtype == jnp.float16:
         scale = scale.astype(jnp.float32)  # Mosaic has no float16
     if parts == 1:
-        return _batchable(config, None)(x, packed, scale, zero)
-    rows = jnp.concatenate(split(x.astype(jnp.float32), parts)).astype(jnp.bfloat16)
-    y = _batchable(config, "float32")(rows, packed, scale, zero)
-    return y.reshape(parts, m, n).sum(0).astype(x.dtype)
+        return multiply(x, scale, None)
+    rows = jnp.concatenate(split(x.astype(jnp.float32), parts), axis=-2).astype(jnp.bfloat16)
+    y = multiply(rows, scale, "float32")
+    return y.reshape(*x.shape[:-2], parts, x.shape[-2], y.shape[-1]).sum(-3).astype(x.dtype)
 
 
 @functools.cache
@@ -115,13 +122,8 @@ def multiply_tiles(
     config: BlockConfig | None = None,
 ) -> Float[Array, "b m n"]:
     """Each tile of rows times the weight of its expert, in one kernel."""
-    (b, m, k), n = tiles.shape, packed.shape[2]
+    (_, m, k), n = tiles.shape, packed.shape[2]
     parts = _PARTS[str(tiles.dtype)]
     config = config or choose(parts * m, k, n, k // scale.shape[1], zeros=zero is not None, exact=parts > 1)
-    if scale.dtype == jnp.float16:
-        scale = scale.astype(jnp.float32)
-    if parts == 1:
-        return fused(tiles, packed, scale, zero, experts, config=config)
-    rows = jnp.concatenate(split(tiles.astype(jnp.float32), parts), axis=1).astype(jnp.bfloat16)
-    y = fused(rows, packed, scale, zero, experts, config=config, out_dtype="float32")
-    return y.reshape(b, parts, m, n).sum(1).astype(tiles.dtype)
+    run = lambda rows, s, out: fused(rows, packed, s, zero, experts, config=config, out_dtype=out)
+    return _in_bfloat16(tiles, scale, run)

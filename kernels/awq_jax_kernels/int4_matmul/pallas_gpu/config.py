@@ -2,9 +2,8 @@
 """How one product is cut into blocks, and which cut is taken when none is given."""
 
 import dataclasses
-import functools
-import importlib.resources
-import json
+
+from awq_jax_kernels.int4_matmul.tuned_table import tuned_rows
 
 __all__ = ["BlockConfig", "choose", "derive", "tuned_key"]
 
@@ -71,8 +70,9 @@ def choose(m: int, k: int, n: int, g: int, *, exact: bool, device: str = "") -> 
       exact: scales may not be rounded to the dtype of x.
       device: as JAX names it; an unknown one has no tuned table.
     """
-    tuned = {} if exact or g != 128 else _tuned("h200" if "H200" in device else "h100")
-    return tuned.get(tuned_key(m, k, n)) or derive(m, k, n, g, exact=exact)
+    rows = {} if exact or g != 128 else tuned_rows("nvidia_h200" if "H200" in device else "nvidia_h100")
+    tuned = rows.get(tuned_key(m, k, n))
+    return BlockConfig(**tuned) if tuned else derive(m, k, n, g, exact=exact)
 
 
 def derive(m: int, k: int, n: int, g: int, *, exact: bool) -> BlockConfig:
@@ -100,12 +100,3 @@ def derive(m: int, k: int, n: int, g: int, *, exact: bool) -> BlockConfig:
 def tuned_key(m: int, k: int, n: int) -> str:
     """The row of a tuned table: m rounded up to a power of two from 8, groups of 128 rows."""
     return f"m{max(8, 1 << (m - 1).bit_length())} k{k} n{n}"
-
-
-@functools.cache
-def _tuned(name: str) -> dict[str, BlockConfig]:
-    """``tuned/nvidia_<name>.json``, or nothing."""
-    file = importlib.resources.files("awq_jax_kernels.int4_matmul") / "tuned" / f"nvidia_{name}.json"
-    if not file.is_file():
-        return {}
-    return {key: BlockConfig(**row) for key, row in json.loads(file.read_text())["configs"].items()}
