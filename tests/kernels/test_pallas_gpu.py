@@ -52,6 +52,20 @@ def test_every_cut(rng, config, tiles):
     check(functools.partial(product, tiles=tiles, config=config), problem)
 
 
+@pytest.mark.parametrize(
+    "config",
+    [
+        BlockConfig(64, deep=2, step=256, stages=4, split=2, scale_weight=True),
+        BlockConfig(64, wide=2, deep=1, stages=5, split=4, scale_weight=True),
+        BlockConfig(128, wide=2, deep=1, stages=4, split=4, scale_weight=True),
+    ],
+    ids=lambda c: "-".join(str(v) for v in dataclasses.astuple(c)),
+)
+def test_a_loop_short_enough_to_unroll(rng, config):
+    """Eight steps to a block: the fetching loop unrolls, and once its lanes ran apart and waited for ever."""
+    check(functools.partial(product, tiles=True, config=config), make_problem(rng, Case(72, 4096, 512, 128)))
+
+
 @pytest.mark.parametrize("zeros", [False, True])
 @pytest.mark.parametrize("codes", CODES)
 def test_extremes(rng, codes, zeros):

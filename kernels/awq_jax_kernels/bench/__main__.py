@@ -6,7 +6,7 @@ import importlib.metadata
 
 import jax
 
-from awq_jax_kernels.bench import report, timing
+from awq_jax_kernels.bench import gpu_static, report, timing
 from awq_jax_kernels.bench.shapes import parse_shapes
 
 __all__ = ["main"]
@@ -17,6 +17,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m awq_jax_kernels.bench", description=__doc__)
     parser.add_argument("--static", action="store_true", help="cost by the compiler, without a TPU")
     parser.add_argument("--gen", default="v5e,v6e,v5p,v7x", help="with --static: TPU generations")
+    parser.add_argument("--gpu", help="with --static: the assembler's count for this GPU instead, such as h100")
     parser.add_argument("--no-others", action="store_true", help="with --static: the kernel alone")
     parser.add_argument("--interpret", action="store_true", help="a small product in interpret mode, to try the path")
     parser.add_argument("--shape", help="KxN, comma-separated")
@@ -24,6 +25,8 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     shapes = parse_shapes(args.shape or ("256x256" if args.interpret else None))
     ms = [4] if args.interpret else [int(m) for m in args.m.split(",")]
+    if args.static and args.gpu:
+        return gpu_static.main(["--gpu", args.gpu])
     if args.static:
         versions = {name: importlib.metadata.version(name) for name in ("jax", "libtpu")}
         print(f"{versions}; microseconds (speed-up over the bf16 bound): {', '.join(report.COLUMNS)}")

@@ -90,28 +90,34 @@ def initialize(barriers: ir.Value, readers: int) -> None:
 
 
 def fetch(ctx: Any, barriers: ir.Value, copies: list[Copy], first: ir.Value, steps: ir.Value) -> None:
-    """Fill the ring with steps ``first .. first + steps``; called by a warpgroup, of which one warp does it."""
+    """Fill the ring with steps ``first .. first + steps``; called by a warpgroup, of which one lane does it.
+
+    The loop belongs to that lane alone. Were the other lanes to wait for free slots beside it, the compiler could
+    unroll a short loop and run the two apart, and a lane that falls behind waits for a phase that has come and gone.
+    """
     stages = ir.MemRefType(barriers.type).shape[0] // 2
     index, i32 = ir.IndexType.get(), ir.IntegerType.get_signless(32)
     warp = arith.remui(arith.shrui(mgpu.thread_idx(), const(5)), const(WARPS))
     with mgpu.when(arith.cmpi(arith.CmpIPredicate.eq, warp, const(0))):
         lane = nvvm.elect_sync()
         total = const(sum(copy.bytes for copy in copies))
+        with mgpu.when(lane):
 
-        @mgpu.fori(steps, [])
-        def _(i: ir.Value, carry: list[Any]) -> list[Any]:
-            slot, use = arith.remui(i, const(stages)), arith.divui(i, const(stages))
-            again = arith.cmpi(arith.CmpIPredicate.ugt, use, const(0))
-            with mgpu.when(again):
-                _wait(_free(barriers, slot), arith.andi(arith.subi(use, const(1)), const(1)))
-            full = _full(barriers, slot)
-            with mgpu.when(lane):
+            @mgpu.fori(steps, [])
+            def _(i: ir.Value, carry: list[Any]) -> list[Any]:
+                slot, use = arith.remui(i, const(stages)), arith.divui(i, const(stages))
+                again = arith.cmpi(arith.CmpIPredicate.ugt, use, const(0))
+                with mgpu.when(again):
+                    _wait(_free(barriers, slot), arith.andi(arith.subi(use, const(1)), const(1)))
+                full = _full(barriers, slot)
                 at = llvm.ptrtoint(i32, full)
                 asm("mbarrier.arrive.expect_tx.shared::cta.b64 _, [$0], $1;", "r,r", at, total)
-            step = arith.index_cast(index, arith.addi(first, i))
-            for copy in copies:
-                copy.issue(ctx, arith.index_cast(index, slot), step, full, lane)
-            return carry
+                step = arith.index_cast(index, arith.addi(first, i))
+                for copy in copies:
+                    copy.issue(ctx, arith.index_cast(index, slot), step, full, lane)
+                return carry
+
+        asm("bar.warp.sync 0xffffffff;", "")
 
 
 def wait_full(barriers: ir.Value, step: ir.Value) -> None:
