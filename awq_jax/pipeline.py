@@ -278,7 +278,7 @@ def _layers(
         with clock.phase("quantize"):
             params = jax.tree.map(jnp.asarray, params)
             outcome = quantize_and_measure(
-                params, hidden, mask, config=config, plan=plan, measured=measured, tokens=counted
+                params, hidden, mask, config=config.of_layer(index), plan=plan, measured=measured, tokens=counted
             )
             hidden = outcome.hidden
             outcome = jax.device_get(dataclasses.replace(outcome, hidden=None))

@@ -85,6 +85,9 @@ class Family:
       config: (Hugging Face attribute, DecoderConfig field) pairs read from config.json.
       defaults: (Hugging Face attribute, value) pairs: what a config.json that leaves it out means, where it is not what
         `DecoderConfig` has.
+      multiples: (field, factor, other field): what a field is where config.json leaves it out.
+      full_every: each n-th layer attends over everything and the others over the window, where config.json has a window
+        and no ``layer_types``; 0 where layers are alike.
       accepts: (attribute, values) pairs: attributes that are understood with these values alone.
       ignores: attributes without effect on the forward pass.
       no_clip: module paths whose weights are never clipped.
@@ -97,6 +100,8 @@ class Family:
     options: tuple[tuple[str, Any], ...] = ()
     config: tuple[tuple[str, str], ...] = ()
     defaults: tuple[tuple[str, Any], ...] = ()
+    multiples: tuple[tuple[str, int, str], ...] = ()
+    full_every: int = 0
     accepts: tuple[tuple[str, tuple[Any, ...]], ...] = ()
     ignores: tuple[str, ...] = ()
     no_clip: tuple[str, ...] = ()

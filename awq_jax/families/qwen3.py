@@ -16,7 +16,7 @@ QWEN3 = dataclasses.replace(
     architectures=("Qwen3ForCausalLM",),
     # The norm after q and k could not absorb a scale of their outputs, but none is folded there: input_norm -> q, k, v
     # scales their inputs, which stays exact.
-    options=(("qk_norm", True),),
+    options=(("qk_norm", "head"),),
     keys=(
         *LLAMA.keys,
         Key(f"{HF}.self_attn.q_norm.weight", f"{L}/attn/q_norm/scale"),

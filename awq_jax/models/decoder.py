@@ -4,31 +4,19 @@
 from collections.abc import Mapping
 from typing import Any, overload
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from awq_jax.models.block import Block
 from awq_jax.models.cache import KVCache
 from awq_jax.models.config import DecoderConfig
-from awq_jax.models.layers import Block, Linear, RMSNorm
+from awq_jax.models.embedding import Embedding
+from awq_jax.models.linear import Linear
+from awq_jax.models.norm import Norm
 from awq_jax.models.params import dict_of, merge
 
 __all__ = ["Decoder", "param_shapes", "params_of"]
-
-
-class Embedding(nnx.Module):
-    """``embedding[token]``, and its transpose as the head of a model with tied embeddings."""
-
-    def __init__(self, rows: int, width: int, *, dtype: Any, rngs: nnx.Rngs) -> None:
-        self.embedding = nnx.Param(jax.random.normal(rngs.params(), (rows, width), dtype) * width**-0.5)
-
-    def __call__(self, tokens: Int[Array, "*b"]) -> Float[Array, "*b d"]:
-        return jnp.take(self.embedding.get_value(), tokens, axis=0)
-
-    def attend(self, h: Float[Array, "*b d"]) -> Float[Array, "*b v"]:
-        """Logits of a tied head."""
-        return jnp.matmul(h, self.embedding.get_value().T.astype(h.dtype))
 
 
 class Decoder(nnx.Module):
@@ -42,9 +30,9 @@ class Decoder(nnx.Module):
 
     def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs, dtype: Any = jnp.float32) -> None:
         self.config = config
-        self.embed = Embedding(config.vocab_size, config.hidden_size, dtype=dtype, rngs=rngs)
-        self.layers = nnx.List([Block(config, dtype=dtype, rngs=rngs) for _ in range(config.num_layers)])
-        self.norm = RMSNorm(config.hidden_size, eps=config.norm_eps, dtype=dtype)
+        self.embed = Embedding(config, dtype=dtype, rngs=rngs)
+        self.layers = nnx.List([Block(config.of_layer(i), dtype=dtype, rngs=rngs) for i in range(config.num_layers)])
+        self.norm = Norm(config, config.hidden_size, dtype=dtype)
         head = lambda: Linear(config.hidden_size, config.vocab_size, bias=False, dtype=dtype, rngs=rngs)
         self.lm_head = None if config.tie_embeddings else head()
 
@@ -81,7 +69,7 @@ class Decoder(nnx.Module):
         start = 0 if cache is None else cache.lengths[:, None]
         if positions is None:
             positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]) + start, tokens.shape)
-        h = self.embed(tokens)
+        h = self.embed(tokens, positions)
         written = []
         for index, layer in enumerate(self.layers):
             h, held = layer(h, positions, cache=None if cache is None else cache.layer(index))
@@ -93,7 +81,8 @@ class Decoder(nnx.Module):
         """Final norm and output projection, float32."""
         h = self.norm(h)
         logits = self.embed.attend(h) if self.lm_head is None else self.lm_head(h)
-        return logits.astype(jnp.float32)
+        logits, cap = logits.astype(jnp.float32), self.config.logit_softcap
+        return logits if cap is None else cap * jnp.tanh(logits / cap)
 
 
 def params_of(model: Decoder) -> dict[str, Any]:

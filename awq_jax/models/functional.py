@@ -12,9 +12,13 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from awq_jax.models.attention import Attention
+from awq_jax.models.block import Block
 from awq_jax.models.config import DecoderConfig
-from awq_jax.models.decoder import Decoder, Embedding
-from awq_jax.models.layers import Attention, Block, Mlp, Tap
+from awq_jax.models.decoder import Decoder
+from awq_jax.models.embedding import Embedding
+from awq_jax.models.linear import Tap
+from awq_jax.models.mlp import Mlp
 from awq_jax.models.params import merge
 
 __all__ = ["block", "embed", "forward", "part"]
@@ -28,9 +32,9 @@ def _positions(x: Array) -> Int[Array, "b t"]:
 
 def embed(config: DecoderConfig, params: Params, tokens: Int[Array, "*b t"]) -> Float[Array, "*b t d"]:
     """Input of the first layer; params hold ``embed``."""
-    rows, width = config.vocab_size, config.hidden_size
-    build = lambda: Embedding(rows, width, dtype=jnp.float32, rngs=nnx.Rngs(0))
-    return merge(build, params["embed"])(tokens)
+    build = lambda: Embedding(config, dtype=jnp.float32, rngs=nnx.Rngs(0))
+    positions = jnp.broadcast_to(jnp.arange(tokens.shape[-1]), tokens.shape)
+    return merge(build, params["embed"])(tokens, positions)
 
 
 def block(
@@ -39,7 +43,7 @@ def block(
     """One layer, on sequences that start at position 0.
 
     Args:
-      config: of the model.
+      config: of the layer, `DecoderConfig.of_layer`.
       params: of one layer: ``input_norm``, ``attn``, ``post_norm``, ``mlp``.
       h: its input. Padding on the right is harmless: attention is causal.
       tap: called while tracing with each linear's path relative to the layer, and its input.

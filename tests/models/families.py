@@ -53,6 +53,14 @@ LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 16,
 }
+YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 10000.0,
+    "factor": 4.0,
+    "original_max_position_embeddings": 16,
+    "beta_fast": 2.0,
+    "beta_slow": 0.2,
+}
 LINEAR = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 2.0}
 
 TINY = (
@@ -64,5 +72,6 @@ TINY = (
     Tiny("qwen2", "untied", {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}),
     Tiny("qwen2", "tied-one-kv-head", {"tie_word_embeddings": True, "num_key_value_heads": 1}),
     Tiny("qwen3", "wide-heads", {"head_dim": 12}),
+    Tiny("qwen3", "yarn", {"head_dim": 16, "rope_parameters": YARN}),
     Tiny("qwen3", "tied-biases", {"head_dim": 8, "tie_word_embeddings": True, "attention_bias": True}),
 )

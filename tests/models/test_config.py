@@ -9,7 +9,7 @@ import transformers
 
 from awq_jax.families import FAMILIES
 from awq_jax.models import config_from_hf
-from awq_jax.models.rope import RopeScaling
+from awq_jax.models.rope_scaling import RopeScaling
 from awq_jax_convert.hf_config import read_config
 from tests.models.families import LLAMA3, TINY
 
@@ -104,7 +104,8 @@ def test_private_attributes_are_nobodys_business():
         ("llama", {"rms_norm_eps": "1e-5"}, "rms_norm_eps is '1e-5'; it must be a number"),
         ("llama", {"tie_word_embeddings": "false"}, "tie_word_embeddings is 'false'; it must be true or false"),
         ("llama", {"rope_theta": "many"}, "rope_theta is 'many'; it must be a positive number"),
-        ("llama", {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "rope scaling 'yarn' is not implemented"),
+        ("llama", {"rope_scaling": {"rope_type": "yarn", "factor": 4.0, "mscale": 1.0}}, "has mscale, which is not"),
+        ("llama", {"rope_scaling": {"rope_type": "longrope", "long_factor": [2.0] * 4}}, "lacks short_factor"),
         ("llama", {"rope_scaling": {"type": "dynamic", "factor": 4.0}}, "rope scaling 'dynamic' is not implemented"),
         ("llama", {"rope_scaling": {"rope_type": "linear"}}, "rope scaling 'linear' lacks factor"),
         (
