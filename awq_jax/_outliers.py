@@ -21,7 +21,7 @@ __all__ = ["plant_outliers"]
 
 
 def plant_outliers(
-    params: Mapping[str, Any], plan: LayerPlan, *, channels: int = 4, factor: float = 32.0, seed: int = 0
+    params: Mapping[str, Any], plan: LayerPlan, *, channels: int = 8, factor: float = 32.0, seed: int = 0
 ) -> dict[str, Any]:
     """Multiply a few channels of every norm of a layer by ``factor`` and divide the rows that read them.
 

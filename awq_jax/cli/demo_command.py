@@ -31,6 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run the demo."""
+    from rich import box
     from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
@@ -43,16 +44,20 @@ def run(args: argparse.Namespace) -> int:
         print(json.dumps([dataclasses.asdict(row) for row in rows]))
         return 0
     console = Console()
-    table = Table("model", "weights", "perplexity", "KL to dense", "same top-1", "MB", "quantized in")
+    table = Table(box=box.SIMPLE, padding=(0, 1))
+    table.add_column("")
+    for column in ("perplexity", "KL to dense", "same top-1", "MB", "seconds"):
+        table.add_column(column, justify="right", no_wrap=True)
     for r in rows:
+        if r.method == "dense":
+            table.add_row(f"[bold]{r.model}[/]")
         table.add_row(
-            r.model,
-            r.method,
+            f"  {r.method if r.method == 'dense' else f'INT4, {r.method}'}",
             f"{r.perplexity:.2f} ± {r.perplexity_stderr:.2f}",
             f"{r.kl:.4f}",
             f"{100 * r.top1:.1f} %",
             f"{r.nbytes / 1e6:.1f}",
-            f"{r.seconds:.1f} s" if r.seconds else "",
+            f"{r.seconds:.1f}" if r.seconds else "",
             end_section=r.method == "AWQ",
         )
     console.print(table)

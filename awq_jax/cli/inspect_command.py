@@ -27,6 +27,7 @@ def run(args: argparse.Namespace) -> int:
         print(json.dumps(found.to_dict()))
         return 0
 
+    from rich import box
     from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
@@ -34,11 +35,19 @@ def run(args: argparse.Namespace) -> int:
     console = Console()
     size = f"{found.nbytes / 1e6:.1f} MB"
     console.print(f"{escape(str(args.dir))}: {found.family}, {found.num_layers} layers, {size}, {found.format}")
-    table = Table()
-    for column in ("weight", "shape", "format", "bytes", "bits/weight", "count"):
-        table.add_column(column, justify="left" if column in ("weight", "format") else "right")
+    table = Table(box=box.SIMPLE, padding=(0, 1))
+    for column in ("weight", "shape", "format", "bytes", "bits", "count"):
+        text = column in ("weight", "format")
+        table.add_column(column, justify="left" if text else "right", overflow="fold" if text else "ellipsis")
     for row in found.rows(collapse=not args.all):
         shape = "x".join(map(str, row.shape))
-        table.add_row(row.path, shape, row.form, f"{row.nbytes:,}", f"{row.bits_per_weight:.2f}", str(row.count))
+        table.add_row(
+            row.path.removesuffix("/kernel"),
+            shape,
+            row.form,
+            f"{row.nbytes:,}",
+            f"{row.bits_per_weight:.2f}",
+            str(row.count),
+        )
     console.print(table)
     return 0

@@ -28,7 +28,7 @@ def test_awq_keeps_what_rounding_loses(tmp_path: Path):
         assert rows[model, "AWQ"].kl < rows[model, "round to nearest"].kl
         assert rows[model, "dense"].kl < 1e-6
     assert rows["planted outliers", "AWQ"].kl < 1.05 * rows["plain", "AWQ"].kl
-    assert rows["planted outliers", "round to nearest"].kl > 1.5 * rows["plain", "round to nearest"].kl
+    assert rows["planted outliers", "round to nearest"].kl > 2.5 * rows["plain", "round to nearest"].kl
     assert (tmp_path / "demo" / "report.md").is_file()
     with pytest.raises(FileExistsError, match="choose another name"):
         run_demo(tmp_path / "demo")
