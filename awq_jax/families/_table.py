@@ -60,16 +60,26 @@ class Key:
     """One checkpoint tensor name and where it goes.
 
     Attributes:
-      theirs: the Hugging Face name, ``*`` for the layer index.
-      ours: the parameter path; empty for a tensor that is known and has no use.
+      theirs: the Hugging Face name, ``*`` for the layer index; a second ``*`` is the index of an expert, whose tensors
+        are stacked on a leading axis of ours.
+      ours: the parameter path; empty for a tensor that is known and has no use. Several paths are parts of one tensor,
+        side by side along its outputs.
       transpose: True where theirs is ``[out, in]`` and ours ``[in, out]``.
       optional: the tensor may be absent.
+      layout: of several paths: "concat" is one after the other; "grouped" is q, k and v interleaved, for each kv head
+        first its query heads, then its k and its v.
     """
 
     theirs: str
-    ours: str
+    ours: str | tuple[str, ...]
     transpose: bool = False
     optional: bool = False
+    layout: Literal["concat", "grouped"] = "concat"
+
+    @property
+    def paths(self) -> tuple[str, ...]:
+        """Ours, one or several."""
+        return (self.ours,) if isinstance(self.ours, str) else self.ours
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,6 +91,9 @@ class Family:
       architectures: the Hugging Face ``architectures`` entries it serves.
       groups: what shares a scale and what absorbs it.
       keys: every tensor of a checkpoint; one that matches no row is an error.
+      prefix: what the names begin with, but for the head's; checkpoints of the bare model lack it in all of them.
+      when: (attribute, value) pairs of config.json that tell this table from others of the same architecture; an
+        attribute that is left out has the value in `defaults`.
       options: fixed `DecoderConfig` fields of this family, for example ``(("qkv_bias", True),)``.
       config: (Hugging Face attribute, DecoderConfig field) pairs read from config.json.
       defaults: (Hugging Face attribute, value) pairs: what a config.json that leaves it out means, where it is not what
@@ -97,6 +110,8 @@ class Family:
     architectures: tuple[str, ...]
     groups: tuple[Group, ...]
     keys: tuple[Key, ...]
+    prefix: str = ""
+    when: tuple[tuple[str, Any], ...] = ()
     options: tuple[tuple[str, Any], ...] = ()
     config: tuple[tuple[str, str], ...] = ()
     defaults: tuple[tuple[str, Any], ...] = ()

@@ -7,14 +7,16 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 
 from awq_jax._qtensor import QTensor
 from awq_jax.families import Family
 from awq_jax.models import param_shapes
 from awq_jax_convert.codecs import codec_of
+from awq_jax_convert.fused import columns, split
 from awq_jax_convert.hf_config import HFConfig, read_config
-from awq_jax_convert.keymap import resolve, theirs
+from awq_jax_convert.keymap import Place, resolve, theirs
 from awq_jax_convert.safetensors_dir import SafetensorsDir
 from awq_jax_convert.safetensors_header import DTYPES, FLOATS
 from awq_jax_convert.shapes import expected_shape
@@ -25,10 +27,10 @@ __all__ = ["HFCheckpoint"]
 
 @dataclasses.dataclass(frozen=True)
 class _Source:
-    """Where a parameter comes from: one dense tensor, or the parts of a quantized linear."""
+    """Where a parameter comes from: one dense tensor, or the parts of a quantized linear; all of it or some columns."""
 
     name: str
-    transpose: bool
+    place: Place
     parts: tuple[str, ...] = ()
 
     @property
@@ -57,8 +59,11 @@ class HFCheckpoint(Checkpoint):
         self.nbytes = self.tensors.nbytes
         parts = self._parts()
         places = resolve(self.family, self.config, parts)
-        self._sources = {p.path: _Source(name, p.transpose, parts[name]) for name, p in places.items()}
-        self._shapes = {path: self._stored_shape(source) for path, source in self._sources.items()}
+        self._sources: dict[str, tuple[_Source, ...]] = {}  # more than one where experts are stacked
+        for name, place in sorted(places.items(), key=lambda item: item[1].expert or 0):
+            source = _Source(name, place, parts[name])
+            self._sources |= {path: (*self._sources.get(path, ()), source) for path in place.paths}
+        self._shapes = {path: self._shape(path) for path in self._sources}
         self._refuse_shapes(self._misfits())
         self._refuse_differences()
 
@@ -91,6 +96,18 @@ class HFCheckpoint(Checkpoint):
             raise ValueError(f"{self.path} has {len(both)} weights both dense and quantized, e.g. {both[0]!r}.")
         return {**dense, **quantized}
 
+    def _shape(self, path: str) -> tuple[int, ...]:
+        """Shape of a parameter; a whole tensor's where its parts do not add up to it or experts differ."""
+        sources = self._sources[path]
+        shapes = [self._stored_shape(source) for source in sources]
+        odd = next((shape for shape in shapes if shape != shapes[0]), None)
+        place, shape = sources[0].place, odd or shapes[0]
+        if odd is None and len(place.paths) > 1:
+            taken = columns(self.config, place)
+            if shape[-1] == sum(map(len, taken)):
+                shape = (*shape[:-1], len(taken[place.paths.index(path)]))
+        return shape if odd or place.expert is None else (len(sources), *shape)
+
     def _stored_shape(self, source: _Source) -> tuple[int, ...]:
         metas = {part: self.tensors.info(name) for part, name in source.tensors.items()}
         if source.parts and self.codec is not None:
@@ -101,7 +118,7 @@ class HFCheckpoint(Checkpoint):
                 f"weight {source.name!r} of {self.path} is {meta.dtype}; weights are {', '.join(FLOATS)}. If the "
                 "checkpoint is quantized, its config.json does not say how: start from the dense one."
             )
-        return meta.shape[::-1] if source.transpose else meta.shape
+        return meta.shape[::-1] if source.place.transpose else meta.shape
 
     def _is_tied_head(self, path: str) -> bool:
         return self.config.tie_embeddings and path.startswith("lm_head/")
@@ -110,7 +127,7 @@ class HFCheckpoint(Checkpoint):
         for path, found in self._shapes.items():
             wanted = expected_shape(self.config, path)
             if found != wanted:
-                yield f"{self._sources[path].name!r} gives {path!r} the shape {found}, the config implies {wanted}"
+                yield f"{self._sources[path][0].name!r} gives {path!r} the shape {found}, the config implies {wanted}"
 
     def _refuse_differences(self) -> None:
         """Optional tensors, such as biases, are there exactly where the config says so."""
@@ -118,7 +135,7 @@ class HFCheckpoint(Checkpoint):
         spread = lambda path: [path.replace("layers/0/", f"layers/{i}/", 1) for i in range(self.num_layers)]
         wanted = {each for path in one for each in (spread(path) if path.startswith("layers/") else [path])}
         said = [f"{theirs(self.family, path)[0]!r} is missing" for path in sorted(wanted - set(self.paths()))]
-        said += [f"{self._sources[path].name!r} has no use" for path in sorted(set(self.paths()) - wanted)]
+        said += [f"{self._sources[path][0].name!r} has no use" for path in sorted(set(self.paths()) - wanted)]
         if said:
             more = f" and {len(said) - 5} more" if len(said) > 5 else ""
             raise ValueError(f"{self.path} does not hold what its config.json implies: {', '.join(said[:5])}{more}.")
@@ -133,12 +150,15 @@ class HFCheckpoint(Checkpoint):
 
     def stored_dtype(self, path: str) -> np.dtype:
         """The dtype that a parameter has in the files; for a quantized one, that of its scales."""
-        name = list(self._sources[path].tensors.values())[-1]
+        name = list(self._sources[path][0].tensors.values())[-1]
         return DTYPES[self.tensors.info(name).dtype]
 
     def stored_nbytes(self, path: str) -> int:
-        """The bytes that a parameter takes in the files."""
-        return sum(self.tensors.info(name).nbytes for name in self._sources[path].tensors.values())
+        """The bytes that a parameter takes in the files; of a tensor that holds several, its share."""
+        sources = self._sources[path]
+        total = sum(self.tensors.info(name).nbytes for source in sources for name in source.tensors.values())
+        widths = [self._shapes[each][-1] for each in sources[0].place.paths]
+        return total * self._shapes[path][-1] // sum(widths)
 
     def stored_form(self, path: str) -> str:
         """How a parameter is kept; see `Checkpoint.stored_form`."""
@@ -148,21 +168,29 @@ class HFCheckpoint(Checkpoint):
 
     def is_quantized(self, path: str) -> bool:
         """Whether a parameter is a quantized weight."""
-        return bool(self._sources[path].parts)
+        return bool(self._sources[path][0].parts)
 
     def _read(self, path: str, dtype: Any) -> np.ndarray | QTensor:
-        source = self._sources[path]
+        sources = self._sources[path]
+        found = [self._read_one(path, source, dtype) for source in sources]
+        return found[0] if sources[0].place.expert is None else jax.tree.map(lambda *each: np.stack(each), *found)
+
+    def _read_one(self, path: str, source: _Source, dtype: Any) -> Any:
         arrays = {part: self.tensors.read(name) for part, name in source.tensors.items()}
         if source.parts and self.codec is not None:
-            return self.codec.decode(source.module, arrays)
-        array = arrays[""]
-        bad = array.size - int(np.isfinite(array).sum())
-        if bad:
-            raise ValueError(
-                f"tensor {source.name!r} of {self.path} has {bad} NaN or infinite values of {array.size}: the "
-                "checkpoint is damaged. Download it again."
-            )
-        return np.array(array.T if source.transpose else array, dtype=dtype, order="C")
+            whole = self.codec.decode(source.module, arrays)
+        else:
+            whole = arrays[""].T if source.place.transpose else arrays[""]
+            bad = whole.size - int(np.isfinite(whole).sum())
+            if bad:
+                raise ValueError(
+                    f"tensor {source.name!r} of {self.path} has {bad} NaN or infinite values of {whole.size}: the "
+                    "checkpoint is damaged. Download it again."
+                )
+        paths = source.place.paths
+        if len(paths) > 1:
+            whole = split(whole, columns(self.config, source.place)[paths.index(path)])
+        return whole if isinstance(whole, QTensor) else np.array(whole, dtype=dtype, order="C")
 
     def _tree(self, paths: Iterable[str], prefix: str, dtype: Any) -> dict[str, Any]:
         tree: dict[str, Any] = {}
@@ -184,7 +212,7 @@ class HFCheckpoint(Checkpoint):
         """Everything outside the layers; see `Checkpoint.stem`."""
         outside = [path for path in self._sources if not path.startswith("layers/")]
         for path in filter(self._is_tied_head, outside):
-            self._refuse_second_head(self._sources[path].name, self._sources["embed/embedding"].name)
+            self._refuse_second_head(self._sources[path][0].name, self._sources["embed/embedding"][0].name)
         return self._tree((path for path in outside if not self._is_tied_head(path)), "", dtype)
 
     def _refuse_second_head(self, head: str, embedding: str) -> None:

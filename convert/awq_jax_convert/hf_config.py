@@ -72,5 +72,5 @@ def read_config(directory: Path, family: Family | None = None) -> HFConfig:
     if family is None:
         if not isinstance(named, list) or len(named) != 1 or not isinstance(named[0], str):
             raise ValueError(f"{directory / CONFIG} must name one architecture; 'architectures' is {named!r}.")
-        family = by_architecture(named[0])
+        family = by_architecture(named[0], raw)
     return HFConfig(raw, quantization, family, config_from_hf(family, raw))

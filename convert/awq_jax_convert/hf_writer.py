@@ -10,9 +10,9 @@ import numpy as np
 from awq_jax._qtensor import QTensor
 from awq_jax._tree import leaves
 from awq_jax_convert.codecs import Codec
+from awq_jax_convert.fused import Whole, wholes
 from awq_jax_convert.hf import HFCheckpoint
 from awq_jax_convert.hf_config import CONFIG
-from awq_jax_convert.keymap import theirs
 from awq_jax_convert.sink import ModelWriter, narrowed
 from awq_jax_convert.writer import DirectoryWriter
 
@@ -71,14 +71,15 @@ class HFWriter(ModelWriter):
         self._writer.write_bytes(name, content)
 
     def _write(self, tree: Mapping[str, Any], prefix: str) -> None:
-        for relative, leaf in leaves(tree):
-            for name, array in self._tensors(f"{prefix}{relative}", leaf).items():
+        params = {f"{prefix}{relative}": leaf for relative, leaf in leaves(tree)}
+        for whole in wholes(self.source.family, self.source.config, params):
+            for name, array in self._tensors(whole).items():
                 self._writer.add(name, array)
                 self.nbytes += array.nbytes
         self._writer.flush_if_full()
 
-    def _tensors(self, path: str, leaf: Any) -> dict[str, np.ndarray]:
-        name, transpose = theirs(self.source.family, path)
+    def _tensors(self, whole: Whole) -> dict[str, np.ndarray]:
+        name, leaf, path = whole.name, whole.leaf, whole.paths[0]
         module = name.rpartition(".")[0]
         if path.endswith("/kernel"):
             self._linears[module] = isinstance(leaf, QTensor)
@@ -87,4 +88,4 @@ class HFWriter(ModelWriter):
                 raise ValueError(f"{path!r} is quantized, and a dense checkpoint was asked for.")
             return self._codec.encode(module, leaf)
         array = narrowed(path, leaf, self.source.stored_dtype(path))
-        return {name: array.T if transpose else array}
+        return {name: array.T if whole.transpose else array}

@@ -16,26 +16,53 @@ def expected_shape(config: DecoderConfig, path: str) -> tuple[int, ...]:
     Raises:
       KeyError: the decoder has no such parameter.
     """
-    d, f, head = config.hidden_size, config.intermediate_size, config.head_dim
+    if path == "embed/embedding":
+        return (config.vocab_size, config.hidden_size)
+    if path == "embed/positions":
+        return (config.max_position_embeddings + config.position_offset, config.hidden_size)
+    module, _, leaf = path.rpartition("/")
+    if module.startswith("layers/"):
+        module = module.split("/", 2)[2]
+    linears, norms = _linears(config), _norms(config)
+    if module in linears and leaf in ("kernel", "bias"):
+        *stacked, k, n = linears[module]
+        return (*stacked, k, n) if leaf == "kernel" else (*stacked, n)
+    if module in norms and leaf in ("scale", "bias"):
+        return (norms[module],)
+    raise KeyError(f"the decoder has no parameter {path!r}.")
+
+
+def _linears(config: DecoderConfig) -> dict[str, tuple[int, ...]]:
+    d, head = config.hidden_size, config.head_dim
     queries, keys = config.num_heads * head, config.num_kv_heads * head
-    linears = {
+    linears: dict[str, tuple[int, ...]] = {
         "attn/q": (d, queries),
         "attn/k": (d, keys),
         "attn/v": (d, keys),
         "attn/o": (queries, d),
-        "mlp/gate": (d, f),
-        "mlp/up": (d, f),
-        "mlp/down": (f, d),
         "lm_head": (d, config.vocab_size),
     }
-    norms = {"input_norm": d, "post_norm": d, "norm": d, "attn/q_norm": head, "attn/k_norm": head}
-    if path == "embed/embedding":
-        return (config.vocab_size, d)
-    module, _, leaf = path.rpartition("/")
-    if module.startswith("layers/"):
-        module = module.split("/", 2)[2]
-    if module in linears and leaf in ("kernel", "bias"):
-        return linears[module] if leaf == "kernel" else linears[module][1:]
-    if module in norms and leaf in ("scale", "bias"):
-        return (norms[module],)
-    raise KeyError(f"the decoder has no parameter {path!r}.")
+    if not config.num_experts:
+        return linears | _mlp("mlp", d, config.intermediate_size)
+    linears |= _mlp("mlp/experts", d, config.expert_size, config.num_experts)
+    linears["mlp/router"] = (d, config.num_experts)
+    if config.shared_expert_size:
+        linears |= _mlp("mlp/shared", d, config.shared_expert_size)
+        linears["mlp/shared_gate"] = (d, 1)
+    return linears
+
+
+def _mlp(name: str, d: int, inner: int, *stacked: int) -> dict[str, tuple[int, ...]]:
+    up = (*stacked, d, inner)
+    return {f"{name}/gate": up, f"{name}/up": up, f"{name}/down": (*stacked, inner, d)}
+
+
+def _norms(config: DecoderConfig) -> dict[str, int]:
+    d, head = config.hidden_size, config.head_dim
+    alone = config.qk_norm != "all"
+    names = ("embed/norm", "input_norm", "attn_out_norm", "post_norm", "mlp_out_norm", "norm")
+    return {
+        **dict.fromkeys(names, d),
+        "attn/q_norm": head if alone else config.num_heads * head,
+        "attn/k_norm": head if alone else config.num_kv_heads * head,
+    }

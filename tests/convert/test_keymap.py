@@ -23,15 +23,16 @@ NAMES = ["model.embed.weight", "model.layers.0.q_proj.weight", "model.layers.1.q
 @dataclasses.dataclass(frozen=True)
 class Sizes:
     num_layers: int = 2
+    num_experts: int = 0
     tie_embeddings: bool = False
 
 
 def test_resolves_and_inverts():
     found = resolve(FAMILY, Sizes(), [*NAMES, "model.layers.1.q_proj.bias"])
-    assert found["model.layers.1.q_proj.weight"] == Place("layers/1/attn/q/kernel", True)
-    assert found["model.layers.1.q_proj.bias"] == Place("layers/1/attn/q/bias", False)
+    assert found["model.layers.1.q_proj.weight"] == Place(("layers/1/attn/q/kernel",), True)
+    assert found["model.layers.1.q_proj.bias"] == Place(("layers/1/attn/q/bias",), False)
     for name, place in found.items():
-        assert theirs(FAMILY, place.path) == (name, place.transpose)
+        assert theirs(FAMILY, place.paths[0]) == (name, place.transpose)
 
 
 def test_inverse_of_an_unknown_path():

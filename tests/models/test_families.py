@@ -14,7 +14,8 @@ from awq_jax._tree import get, leaves
 from awq_jax.families import FAMILIES, Norm, by_architecture
 from awq_jax.models import param_shapes
 from awq_jax.models.functional import block
-from awq_jax_convert.keymap import resolve, theirs
+from awq_jax_convert.fused import columns, wholes
+from awq_jax_convert.keymap import home, resolve
 from awq_jax_convert.shapes import expected_shape
 from tests.models.families import TINY
 from tests.tiny_models import logits_of, rounding, some_tokens
@@ -38,7 +39,7 @@ def test_every_family_has_a_tiny_model():
 
 def test_the_architecture_finds_its_family(oracle, checkpoint):
     (named,) = oracle.model.config.architectures
-    assert by_architecture(named) is FAMILIES[oracle.row.family]
+    assert by_architecture(named, oracle.model.config.to_dict()) is FAMILIES[oracle.row.family]
     assert checkpoint.family is FAMILIES[oracle.row.family]
 
 
@@ -111,13 +112,26 @@ def test_names_of_the_checkpoint_map_both_ways(oracle, checkpoint):
     tensors = load_file(oracle.path / "model.safetensors")
     shapes = param_shapes(checkpoint.config)
     places = resolve(checkpoint.family, checkpoint.config, tensors)
-    assert {place.path for place in places.values()} == set(shapes)
-    for name, (path, transposed) in places.items():
-        assert theirs(checkpoint.family, path) == (name, transposed)
-        stored = tensors[name].T if transposed else tensors[name]
-        assert stored.shape == shapes[path]
-    state = oracle.model.state_dict()
-    assert set(tensors) == set(state) - ({"lm_head.weight"} if checkpoint.config.tie_embeddings else set())
+    assert {path for place in places.values() for path in place.paths} == set(shapes)
+    for name, place in places.items():
+        for path in place.paths:
+            found, back = home(checkpoint.family, path)
+            assert found.replace("*", str(place.expert)) == name
+            assert back == place._replace(expert=None)
+        stored = tensors[name].T if place.transpose else tensors[name]
+        parts = [shapes[path] if place.expert is None else shapes[path][1:] for path in place.paths]
+        assert stored.shape == (*parts[0][:-1], sum(part[-1] for part in parts))
+        if len(parts) > 1:  # every column is one part's, and each part has its own
+            assert sorted(np.concatenate(columns(checkpoint.config, place))) == list(range(stored.shape[-1]))
+
+
+def test_parameters_are_written_as_they_were_read(oracle, checkpoint):
+    tensors = load_file(oracle.path / "model.safetensors")
+    params = dict(leaves(checkpoint.params()))
+    written = {whole.name: whole for whole in wholes(checkpoint.family, checkpoint.config, params)}
+    assert set(written) == set(tensors)
+    for name, whole in written.items():
+        np.testing.assert_array_equal(whole.leaf.T if whole.transpose else whole.leaf, tensors[name])
 
 
 def test_every_parameter_of_the_decoder_has_the_shape_that_the_config_implies(checkpoint):
