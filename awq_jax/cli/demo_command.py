@@ -46,7 +46,7 @@ def run(args: argparse.Namespace) -> int:
     console = Console()
     table = Table(box=box.SIMPLE, padding=(0, 1))
     table.add_column("")
-    for column in ("perplexity", "KL to dense", "same top-1", "MB", "seconds"):
+    for column in ("perplexity", "KL", "top-1", "MB", "seconds"):
         table.add_column(column, justify="right", no_wrap=True)
     for r in rows:
         if r.method == "dense":
