@@ -12,7 +12,15 @@ from pathlib import Path
 
 from awq_jax._manifest import MANIFEST
 
-__all__ = ["INCOMPLETE", "published", "write_bytes", "write_file"]
+__all__ = [
+    "INCOMPLETE",
+    "published",
+    "refuse_existing",
+    "refuse_lack_of_room",
+    "sync_directory",
+    "write_bytes",
+    "write_file",
+]
 
 INCOMPLETE = "_INCOMPLETE"
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -55,7 +63,8 @@ def write_bytes(path: Path, content: bytes) -> str:
     return write_file(path, (content,), len(content))
 
 
-def _refuse_existing(out: Path, overwrite: bool) -> None:
+def refuse_existing(out: Path, overwrite: bool) -> None:
+    """Refuse a name that is taken, unless by what awq-jax wrote and with leave to replace it."""
     if not os.path.lexists(out):
         return
     if not overwrite:
@@ -67,7 +76,8 @@ def _refuse_existing(out: Path, overwrite: bool) -> None:
         raise FileExistsError(errno.EEXIST, said, str(out))
 
 
-def _refuse_lack_of_room(parent: Path, expected_bytes: int) -> None:
+def refuse_lack_of_room(parent: Path, expected_bytes: int) -> None:
+    """Refuse a disk that is too full, before anything is computed."""
     free = shutil.disk_usage(parent).free
     if free < expected_bytes:
         said = f"{expected_bytes} bytes are needed, {free} are free. Make room, or choose another disk"
@@ -92,12 +102,25 @@ def _claim(work: Path, out: Path) -> int:
     return fd
 
 
-def _sync(directory: Path) -> None:
+def sync_directory(directory: Path) -> None:
+    """Wait until the disk has the names in a directory; a file's own flush does not see to that."""
     fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(fd)
     finally:
         os.close(fd)
+
+
+def _sync_tree(top: Path) -> None:
+    """Wait until the disk has every file and name under a directory, whoever wrote them."""
+    for folder, _, names in os.walk(top):
+        for name in names:
+            fd = os.open(os.path.join(folder, name), os.O_RDONLY | os.O_CLOEXEC)
+            try:
+                os.fsync(fd)
+            finally:
+                os.close(fd)
+        sync_directory(Path(folder))
 
 
 def _replaced(out: Path) -> Path:
@@ -120,7 +143,7 @@ def _move(work: Path, out: Path) -> None:
     if out.exists():
         os.rename(out, replaced)
     os.rename(work, out)
-    _sync(out.parent)
+    sync_directory(out.parent)
     shutil.rmtree(replaced, ignore_errors=True)
 
 
@@ -143,18 +166,18 @@ def published(out: str | os.PathLike[str], *, overwrite: bool = False, expected_
     """
     target = Path(os.path.abspath(out))
     work = target.with_name(f".{target.name}.incomplete")
-    _refuse_existing(target, overwrite)
+    refuse_existing(target, overwrite)
     target.parent.mkdir(parents=True, exist_ok=True)
-    _refuse_lack_of_room(target.parent, expected_bytes)
+    refuse_lack_of_room(target.parent, expected_bytes)
     lock = _claim(work, target)
     try:
         _tidy(target)
-        _refuse_existing(target, overwrite)
+        refuse_existing(target, overwrite)
         write_bytes(work / INCOMPLETE, b"")
         yield work
         (work / INCOMPLETE).unlink()
-        _sync(work)
-        _refuse_existing(target, overwrite)
+        _sync_tree(work)
+        refuse_existing(target, overwrite)
         _move(work, target)
     except BaseException:
         shutil.rmtree(work, ignore_errors=True)  # before the lock goes, while it is surely ours

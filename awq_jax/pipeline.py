@@ -26,6 +26,7 @@ from awq_jax.layer_step import LayerOutcome, quantize_and_measure
 from awq_jax.model_card import model_card
 from awq_jax.models.functional import embed
 from awq_jax.report import LayerReport, LinearReport, Report
+from awq_jax.resume import Session, fingerprint, resuming
 from awq_jax.stdlib_text import documentation
 from awq_jax_convert.formats import open_writer, refuse_misfit
 from awq_jax_convert.hf import HFCheckpoint
@@ -140,14 +141,15 @@ def _chunks(samples: Samples, batch: int) -> tuple[np.ndarray, np.ndarray]:
     return tokens.reshape(-1, batch, tokens.shape[1]), mask.reshape(-1, batch, mask.shape[1])
 
 
-def _read_ahead(checkpoint: HFCheckpoint) -> Iterator[Any]:
+def _read_ahead(checkpoint: HFCheckpoint, start: int) -> Iterator[Any]:
     """The layers in order; the next one is read while the current one is worked on."""
+    wanted = range(start, checkpoint.config.num_layers)
     with ThreadPoolExecutor(1) as reader:
-        pending = reader.submit(checkpoint.layer, 0)
-        for index in range(1, checkpoint.config.num_layers + 1):
-            layer = pending.result()
-            if index < checkpoint.config.num_layers:
-                pending = reader.submit(checkpoint.layer, index)
+        pending = [reader.submit(checkpoint.layer, index) for index in wanted[:1]]
+        for index in wanted:
+            layer = pending.pop().result()
+            if index + 1 in wanted:
+                pending.append(reader.submit(checkpoint.layer, index + 1))
             yield layer
 
 
@@ -178,13 +180,15 @@ def quantize_checkpoint(
     batch: int = 8,
     format: str = "autoawq",
     overwrite: bool = False,
+    resume: str = "auto",
     progress: Progress | None = None,
 ) -> Report:
     """Quantize a Hugging Face checkpoint directory.
 
     One layer's weights, statistics and activations are in memory at a time, beside the calibration set's hidden states.
     What can be refused is refused before anything is written; the output appears under its name only when it is
-    complete and was read back.
+    complete and was read back. A run that is killed goes on from its last finished layer when it is started again, and
+    makes the same bits.
 
     Args:
       src: directory with config.json, safetensors and, for text, tokenizer.json.
@@ -196,6 +200,8 @@ def quantize_checkpoint(
       batch: samples that go through a layer together.
       format: "autoawq" (what vLLM and transformers load) or "native".
       overwrite: replace an existing output.
+      resume: "auto" goes on from an unfinished run of the same inputs if there is one, "required" refuses to start
+        anew, "never" discards what is there and keeps nothing.
       progress: called with each `LayerReport` and the number of layers.
 
     Returns:
@@ -222,6 +228,11 @@ def quantize_checkpoint(
         check_vocabulary(calib, checkpoint.config.vocab_size)
         _refuse_long(calib, checkpoint.config.max_position_embeddings)
     plain = dataclasses.asdict(recipe)
+    with clock.phase("fingerprint"):
+        decided = {"recipe": plain, "format": format, "batch": batch}
+        inputs = fingerprint(checkpoint.path, calib, decided, jax.devices()[0].device_kind)
+    expected = _expected_bytes(checkpoint, plans)
+    kept = 0 if resume == "never" else expected + 3 * 4 * calib.tokens.size * checkpoint.config.hidden_size
     writer = open_writer(
         format,
         checkpoint,
@@ -229,10 +240,12 @@ def quantize_checkpoint(
         group_size=next(iter(specs), recipe.quant).group_size,
         recipe=plain,
         overwrite=overwrite,
-        expected_bytes=_expected_bytes(checkpoint, plans),
+        expected_bytes=expected,
     )
-    with writer:
-        layers = tuple(_layers(checkpoint, plans, _chunks(calib, batch), writer, clock, progress))
+    unfinished = resuming(out, resume, inputs, overwrite=overwrite, expected_bytes=expected + kept)
+    with unfinished as session, writer:
+        resumed = session.finished
+        layers = tuple(_layers(checkpoint, plans, _chunks(calib, batch), writer, session, clock, progress))
         report = Report(
             layers=layers,
             outside=tuple(
@@ -251,6 +264,8 @@ def quantize_checkpoint(
             bytes_before=checkpoint.nbytes,
             bytes_after=writer.nbytes,
             warnings=calib.notes,
+            inputs=inputs,
+            resumed_layers=resumed,
         )
         writer.write_text("awq_jax_report.json", report.to_json())
         writer.write_text("README.md", model_card(checkpoint.path.name, checkpoint.family.name, report))
@@ -262,19 +277,32 @@ def _layers(
     plans: tuple[LayerPlan, ...],
     batches: tuple[np.ndarray, np.ndarray],
     writer: ModelWriter,
+    session: Session,
     clock: _Clock,
     progress: Progress | None,
 ) -> Iterator[LayerReport]:
-    """Quantize and write the layers one after the other."""
+    """Write the layers that are finished, quantize and write the others, one after the other."""
     config, (tokens, mask) = checkpoint.config, map(jnp.asarray, batches)
     with clock.phase("read and write"):
         stem = checkpoint.stem()
         writer.write_stem(stem)
-    hidden = jax.jit(embed, static_argnums=0)(config, jax.tree.map(jnp.asarray, stem), tokens)
-    del stem
+        for index, (report, params) in enumerate(session.layers()):
+            writer.write_layer(index, params)
+            if progress:
+                progress(report, len(plans))
+            yield report
+        kept = session.state() if session.finished else {}
+    hidden = (
+        jnp.asarray(kept["hidden"])
+        if kept
+        else jax.jit(embed, static_argnums=0)(config, jax.tree.map(jnp.asarray, stem), tokens)
+    )
+    del stem, kept
     measured = max(1, round(_MEASURED / tokens[0].size))
     counted = int(batches[1].sum())
-    for index, (plan, params) in enumerate(zip(plans, _read_ahead(checkpoint), strict=True)):
+    start = session.finished
+    for index, params in enumerate(_read_ahead(checkpoint, start), start):
+        plan = plans[index]
         with clock.phase("quantize"):
             params = jax.tree.map(jnp.asarray, params)
             outcome = quantize_and_measure(
@@ -286,6 +314,8 @@ def _layers(
         with clock.phase("read and write"):
             writer.write_layer(index, outcome.layer.params)
         report = layer_report(index, plan, outcome)
+        with clock.phase("keep for resuming"):
+            session.commit(report, outcome.layer.params, {"hidden": hidden})
         if progress:
             progress(report, len(plans))
         yield report

@@ -94,6 +94,8 @@ class Report:
       bytes_before: of the source's tensors.
       bytes_after: of the written tensors.
       warnings: what the user should know.
+      inputs: digests of what decided the result: weights, calibration, recipe, versions, devices.
+      resumed_layers: layers that an earlier, killed run had finished.
     """
 
     layers: tuple[LayerReport, ...]
@@ -105,6 +107,8 @@ class Report:
     bytes_before: int
     bytes_after: int
     warnings: tuple[str, ...] = ()
+    inputs: dict[str, str] = dataclasses.field(default_factory=dict)
+    resumed_layers: int = 0
 
     @property
     def coverage(self) -> Counter[str]:

@@ -60,8 +60,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (OSError, MemoryError, RuntimeError) as error:  # RuntimeError: jax found no device, or no memory on it
         print(f"awq-jax {args.command}: {str(error) or 'out of memory'}", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
-        print(f"awq-jax {args.command}: interrupted; nothing was left behind.", file=sys.stderr)
+    except KeyboardInterrupt as error:
+        print(f"awq-jax {args.command}: {str(error) or 'interrupted; nothing was left behind.'}", file=sys.stderr)
         return 130
 
 

@@ -3,17 +3,19 @@
 
 Reads SRC layer by layer, measures its activations on the calibration text, searches the scales that protect the
 weights that matter, folds them into the model and writes OUT, which vLLM, transformers and awq-jax load. OUT appears
-only when it is complete; SRC is never changed.
+only when it is complete; SRC is never changed. A run that was killed goes on where it was when it is started again.
 
   awq-jax quantize Llama-3.2-1B Llama-3.2-1B-int4 --calib my_text.txt
   awq-jax quantize SRC OUT --bits 3 --format native --override 'layers/0/*=float'
 """
 
 import argparse
+import contextlib
 import json
 import pathlib
 import re
 import sys
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -76,6 +78,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--format", choices=("auto", "autoawq", "native"), default="auto", help="auto: autoawq for 4 bits, else native")
     add("--overwrite", action="store_true", help="replace OUT if it exists")
+    add(
+        "--resume",
+        choices=("auto", "required", "never"),
+        default="auto",
+        help="auto: go on from a run that was killed, if its inputs were the same; never: discard it and keep nothing "
+        "(%(default)s)",
+    )
     add("--json", action="store_true", help="print the report as JSON on stdout")
     add("--quiet", action="store_true", help="no progress and no summary")
 
@@ -150,10 +159,24 @@ def _summary(report: "Report", out: pathlib.Path) -> None:
         console.print(f"{weight.path}: {weight.reason}")
     for warning in report.warnings:
         console.print(f"[bold yellow]warning[/]: {escape(warning)}")
+    if report.resumed_layers:
+        console.print(f"{report.resumed_layers} layers were finished by an earlier run")
     size = f"{report.bytes_before / 1e6:.1f} MB -> {report.bytes_after / 1e6:.1f} MB"
     took = ", ".join(f"{name} {value:.1f} s" for name, value in report.seconds.items())
     console.print(f"{size}; {took}; peak memory {report.peak_memory_bytes / 1e9:.2f} GB")
     console.print(f"weights: {dict(report.coverage)}")
+
+
+@contextlib.contextmanager
+def _kept(store: pathlib.Path) -> Iterator[None]:
+    """Say where an interrupted run goes on from."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        if store.is_dir():
+            said = f"interrupted; the finished layers are kept in {store}, and the same command goes on from there."
+            raise KeyboardInterrupt(said) from None
+        raise
 
 
 def run(args: argparse.Namespace) -> int:
@@ -164,7 +187,9 @@ def run(args: argparse.Namespace) -> int:
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
+    from awq_jax.cli.stopping import stoppable
     from awq_jax.pipeline import quantize_checkpoint
+    from awq_jax.resume import store_of
 
     console = Console(stderr=True, quiet=args.quiet)
     columns = (
@@ -173,13 +198,16 @@ def run(args: argparse.Namespace) -> int:
         TimeElapsedColumn(),
         TextColumn("{task.description}"),
     )
-    with Progress(*columns, console=console, disable=args.quiet or not sys.stderr.isatty()) as bar:
+    bars = Progress(*columns, console=console, disable=args.quiet or not sys.stderr.isatty())
+    with _kept(store_of(args.out)), stoppable() as stop, bars as bar:
         task = bar.add_task("reading and compiling", total=None)
 
         def advance(layer: "LayerReport", layers: int) -> None:
             bar.update(task, total=layers, completed=layer.index + 1, description=_describe(layer))
             if not sys.stderr.isatty():
                 console.print(f"{layer.index + 1}/{layers} {_describe(layer)}")
+            if layer.index + 1 < layers:  # the last one only needs its name
+                stop.between()
 
         report = quantize_checkpoint(
             args.src,
@@ -191,6 +219,7 @@ def run(args: argparse.Namespace) -> int:
             batch=args.batch,
             format=fmt,
             overwrite=args.overwrite,
+            resume=args.resume,
             progress=advance,
         )
     if not args.quiet:

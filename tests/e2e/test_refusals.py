@@ -159,9 +159,12 @@ def test_infinite_activations_leave_the_layer_rounded_and_named(damaged: Path, t
     assert "layers/1/mlp/down are not finite" in reasons["layers/1/mlp/down"]
 
 
-def quantize_in_a_process(code: str, source: Path, out: Path) -> "subprocess.CompletedProcess[str]":
+MAIN = "import sys; from awq_jax.cli import main; sys.exit(main(sys.argv[1:]))"
+
+
+def quantize_in_a_process(code: str, source: Path, out: Path, *options: str) -> "subprocess.CompletedProcess[str]":
     """Run code that ends by calling ``main`` with its arguments, on a quantization."""
-    arguments = ["quantize", str(source), str(out), "--calib", str(source / "text.txt"), *FAST]
+    arguments = ["quantize", str(source), str(out), "--calib", str(source / "text.txt"), *FAST, *options]
     return subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=False)
 
 
@@ -175,7 +178,10 @@ def test_a_full_disk_leaves_nothing_and_says_what_is_needed(llama: Oracle, tmp_p
     assert done.returncode == 1, done.stderr
     assert "bytes are needed" in done.stderr
     assert "Traceback" not in done.stderr
-    assert not list(tmp_path.iterdir())
+    assert [path.name for path in tmp_path.iterdir()] == [".out.resume"]
+    again = quantize_in_a_process(MAIN, llama.path, tmp_path / "out", "--resume", "required")
+    assert again.returncode == 0, again.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 def test_an_interrupt_leaves_nothing(llama: Oracle, tmp_path: Path):

@@ -1,0 +1,58 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A layer's parameter tree as named arrays and a description, and back, bit for bit."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from awq_jax._qtensor import QTensor
+from awq_jax._tree import leaves
+from awq_jax.report import GroupReport, LayerReport, LinearReport
+
+__all__ = ["from_tensors", "report_of", "to_tensors"]
+
+_PARTS = ("packed", "scale", "zero")
+
+
+def to_tensors(tree: Mapping[str, Any]) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """Arrays by name, and what JSON must keep beside them.
+
+    Args:
+      tree: nested dict; leaves are arrays or `QTensor`.
+    """
+    tensors: dict[str, np.ndarray] = {}
+    described: dict[str, Any] = {}
+    for path, leaf in leaves(tree):
+        parts = {part: getattr(leaf, part) for part in _PARTS} if isinstance(leaf, QTensor) else {"": leaf}
+        arrays = {part: np.asarray(array) for part, array in parts.items() if array is not None}
+        tensors |= {f"{path}:{part}": array for part, array in arrays.items()}
+        described[path] = {"dtypes": {part: str(array.dtype) for part, array in arrays.items()}}
+        if isinstance(leaf, QTensor):
+            described[path]["bits"] = leaf.bits
+    return tensors, described
+
+
+def from_tensors(tensors: Mapping[str, np.ndarray], described: Mapping[str, Any]) -> dict[str, Any]:
+    """Inverse of `to_tensors`, with numpy leaves."""
+    tree: dict[str, Any] = {}
+    for path, row in described.items():
+        arrays = {part: tensors[f"{path}:{part}"].view(dtype) for part, dtype in row["dtypes"].items()}
+        node = tree
+        *parents, leaf = path.split("/")
+        for key in parents:
+            node = node.setdefault(key, {})
+        node[leaf] = QTensor(**arrays, bits=row["bits"]) if "bits" in row else arrays[""]
+    return tree
+
+
+def _tuples(node: Any) -> Any:
+    """Lists, which JSON makes of tuples, as tuples again."""
+    return tuple(map(_tuples, node)) if isinstance(node, list) else node
+
+
+def report_of(row: Mapping[str, Any]) -> LayerReport:
+    """A `LayerReport` from its plain data after a way through JSON."""
+    groups = tuple(GroupReport(**{key: _tuples(value) for key, value in group.items()}) for group in row["groups"])
+    linears = tuple(LinearReport(**linear) for linear in row["linears"])
+    return LayerReport(**{**row, "groups": groups, "linears": linears})
