@@ -14,7 +14,9 @@ import numpy as np
 from jaxtyping import Int32, UInt8
 
 from awq_jax._qtensor import QTensor
+from awq_jax_convert.codec import refuse_damaged_scales
 from awq_jax_convert.safetensors_dir import TensorMeta
+from awq_jax_convert.scheme import Scheme
 from awq_jax_kernels.nibbles import pack_numpy, unpack_numpy
 
 __all__ = ["ORDER", "AutoAWQ", "decode", "encode", "pack", "unpack"]
@@ -119,9 +121,7 @@ def decode(name: str, parts: Mapping[str, np.ndarray]) -> QTensor:
       ValueError: a scale is NaN or infinite.
     """
     scale, zero = parts["scales"], unpack(parts["qzeros"])
-    bad = int((~np.isfinite(scale)).sum())
-    if bad:
-        raise ValueError(f"{bad} of {scale.size} scales of {name!r} are NaN or infinite: the checkpoint is damaged.")
+    refuse_damaged_scales(name, scale)
     return QTensor(
         packed=pack_numpy(unpack(parts["qweight"])),
         scale=scale,
@@ -143,6 +143,7 @@ class AutoAWQ:
 
     name = "autoawq"
     parts = PARTS
+    scale_part = "scales"
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> "AutoAWQ":
@@ -177,6 +178,10 @@ class AutoAWQ:
             "version": "gemm",
             "modules_to_not_convert": list(self.skip) or None,
         }
+
+    def scheme(self, name: str, parts: Iterable[str]) -> Scheme:
+        """The number format; whether all zeros are 8 is not known from headers."""
+        return Scheme(4, self.group_size, False)
 
     def shape(self, name: str, metas: Mapping[str, TensorMeta]) -> tuple[int, int]:
         """``(k, n)`` of a linear from its tensors' headers, which must agree with each other and with the config.

@@ -2,11 +2,14 @@
 """Formats by name: which reader opens a directory, which writer makes one."""
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
+
+import numpy as np
 
 from awq_jax._spec import QuantSpec
 from awq_jax_convert.autoawq import AutoAWQ
+from awq_jax_convert.compressed_tensors import CompressedTensors
 from awq_jax_convert.hf import HFCheckpoint
 from awq_jax_convert.hf_writer import HFWriter
 from awq_jax_convert.native import NativeCheckpoint, is_native
@@ -16,7 +19,7 @@ from awq_jax_convert.source import Checkpoint
 
 __all__ = ["FORMATS", "open_checkpoint", "open_writer", "refuse_misfit"]
 
-FORMATS = ("autoawq", "native")
+FORMATS = ("autoawq", "compressed-tensors", "native")
 
 
 def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
@@ -27,6 +30,36 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
       ValueError: anything in it that is not understood; each message names it.
     """
     return NativeCheckpoint.open(path) if is_native(path) else HFCheckpoint.open(path)
+
+
+def _refuse_for_autoawq(specs: Collection[QuantSpec]) -> None:
+    for spec in specs:
+        if spec.bits != 4:
+            raise ValueError(f"AutoAWQ files hold 4 bits, not {spec.bits}. Write the native format (--format native).")
+        if spec.scale_dtype != "float16":
+            raise ValueError(
+                f"AutoAWQ files hold float16 scales, not {spec.scale_dtype}. Write compressed-tensors or the native "
+                "format (--format native)."
+            )
+    sizes = sorted({spec.group_size for spec in specs})
+    if len(sizes) > 1:
+        raise ValueError(
+            f"an AutoAWQ checkpoint has one group size, the overrides ask for {sizes}. Use one, or write "
+            "compressed-tensors or the native format (--format native)."
+        )
+
+
+def _refuse_for_compressed_tensors(specs: Collection[QuantSpec]) -> None:
+    if any(spec.bits == 3 for spec in specs):
+        raise ValueError(
+            "compressed-tensors has two layouts for 3 bits and its files don't say which. Write the native format "
+            "(--format native)."
+        )
+    if len({spec.group_size == -1 for spec in specs}) > 1 or len({spec.symmetric for spec in specs}) > 1:
+        raise ValueError(
+            "compressed-tensors is written with groups or with whole columns, with zeros or without, not mixed. Write "
+            "the native format (--format native)."
+        )
 
 
 def refuse_misfit(format: str, specs: Iterable[QuantSpec]) -> None:
@@ -41,30 +74,20 @@ def refuse_misfit(format: str, specs: Iterable[QuantSpec]) -> None:
     """
     if format not in FORMATS:
         raise ValueError(f"format {format!r} is not written; these are: {', '.join(FORMATS)}.")
-    if format != "autoawq":
-        return
-    specs = set(specs)
-    for spec in specs:
-        if spec.bits != 4:
-            raise ValueError(f"AutoAWQ files hold 4 bits, not {spec.bits}. Write the native format (--format native).")
-        if spec.scale_dtype != "float16":
-            raise ValueError(
-                f"AutoAWQ files hold float16 scales, not {spec.scale_dtype}. Write the native format (--format native)."
-            )
-    sizes = sorted({spec.group_size for spec in specs})
-    if len(sizes) > 1:
-        raise ValueError(
-            f"an AutoAWQ checkpoint has one group size, the overrides ask for {sizes}. Use one, or write the native "
-            "format (--format native)."
-        )
+    if format == "autoawq":
+        _refuse_for_autoawq(set(specs))
+    elif format == "compressed-tensors":
+        _refuse_for_compressed_tensors(set(specs))
 
 
 def open_writer(
     format: str,
-    source: HFCheckpoint,
+    source: Checkpoint,
     out: str | os.PathLike[str],
     *,
     group_size: int,
+    symmetric: bool = False,
+    dtype: np.dtype | None = None,
     recipe: Mapping[str, Any] | None = None,
     overwrite: bool = False,
     expected_bytes: int = 0,
@@ -72,15 +95,27 @@ def open_writer(
     """The writer of a format; a context manager.
 
     Args:
-      format: one of `FORMATS`.
+      format: one of `FORMATS`, or "dense".
       source: the checkpoint that the new one is made from.
       out: the directory to create.
       group_size: of the quantized weights; formats that have one for a whole checkpoint say it in the config.
+      symmetric: no quantized weight has zeros; a format that can then leaves them out.
+      dtype: of dense parameters; None keeps each as it is in the source.
       recipe: JSON values that the manifest keeps.
       overwrite: replace ``out`` if awq-jax wrote it.
       expected_bytes: refuse at once if the disk has less room.
     """
-    options: dict[str, Any] = {"recipe": recipe, "overwrite": overwrite, "expected_bytes": expected_bytes}
-    if format == "autoawq":
-        return HFWriter(source, out, codec=AutoAWQ(group_size), **options)
-    return NativeWriter(source, out, **options)
+    options: dict[str, Any] = {
+        "dtype": dtype,
+        "recipe": recipe,
+        "overwrite": overwrite,
+        "expected_bytes": expected_bytes,
+    }
+    if format == "native":
+        return NativeWriter(source, out, **options)
+    codecs = {
+        "autoawq": AutoAWQ(group_size),
+        "compressed-tensors": CompressedTensors(group_size=group_size, symmetric=symmetric),
+        "dense": None,
+    }
+    return HFWriter(source, out, codec=codecs[format], **options)

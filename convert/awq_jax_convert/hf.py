@@ -19,8 +19,9 @@ from awq_jax_convert.hf_config import HFConfig, read_config
 from awq_jax_convert.keymap import Place, resolve, theirs
 from awq_jax_convert.safetensors_dir import SafetensorsDir
 from awq_jax_convert.safetensors_header import DTYPES, FLOATS
+from awq_jax_convert.scheme import Scheme
 from awq_jax_convert.shapes import expected_shape
-from awq_jax_convert.source import Checkpoint, form
+from awq_jax_convert.source import Checkpoint, cast
 
 __all__ = ["HFCheckpoint"]
 
@@ -150,8 +151,9 @@ class HFCheckpoint(Checkpoint):
 
     def stored_dtype(self, path: str) -> np.dtype:
         """The dtype that a parameter has in the files; for a quantized one, that of its scales."""
-        name = list(self._sources[path][0].tensors.values())[-1]
-        return DTYPES[self.tensors.info(name).dtype]
+        source = self._sources[path][0]
+        part = self.codec.scale_part if source.parts and self.codec is not None else ""
+        return DTYPES[self.tensors.info(source.tensors[part]).dtype]
 
     def stored_nbytes(self, path: str) -> int:
         """The bytes that a parameter takes in the files; of a tensor that holds several, its share."""
@@ -160,15 +162,10 @@ class HFCheckpoint(Checkpoint):
         widths = [self._shapes[each][-1] for each in sources[0].place.paths]
         return total * self._shapes[path][-1] // sum(widths)
 
-    def stored_form(self, path: str) -> str:
-        """How a parameter is kept; see `Checkpoint.stored_form`."""
-        if self.codec is None or not self.is_quantized(path):
-            return str(self.stored_dtype(path))
-        return form(4, self.codec.group_size)
-
-    def is_quantized(self, path: str) -> bool:
-        """Whether a parameter is a quantized weight."""
-        return bool(self._sources[path][0].parts)
+    def scheme(self, path: str) -> Scheme | None:
+        """The number format of a quantized weight, None for a dense parameter."""
+        source = self._sources[path][0]
+        return self.codec.scheme(source.module, source.parts) if source.parts and self.codec is not None else None
 
     def _read(self, path: str, dtype: Any) -> np.ndarray | QTensor:
         sources = self._sources[path]
@@ -190,7 +187,9 @@ class HFCheckpoint(Checkpoint):
         paths = source.place.paths
         if len(paths) > 1:
             whole = split(whole, columns(self.config, source.place)[paths.index(path)])
-        return whole if isinstance(whole, QTensor) else np.array(whole, dtype=dtype, order="C")
+        if source.parts:
+            return cast(whole, dtype)
+        return np.array(whole, dtype=dtype, order="C")
 
     def _tree(self, paths: Iterable[str], prefix: str, dtype: Any) -> dict[str, Any]:
         tree: dict[str, Any] = {}

@@ -9,11 +9,12 @@ import numpy as np
 
 from awq_jax._qtensor import QTensor
 from awq_jax._tree import leaves
-from awq_jax_convert.codecs import Codec
+from awq_jax_convert.codec import WritableCodec
 from awq_jax_convert.fused import Whole, wholes
-from awq_jax_convert.hf import HFCheckpoint
 from awq_jax_convert.hf_config import CONFIG
-from awq_jax_convert.sink import ModelWriter, narrowed
+from awq_jax_convert.scheme import Scheme
+from awq_jax_convert.sink import ModelWriter
+from awq_jax_convert.source import Checkpoint
 from awq_jax_convert.writer import DirectoryWriter
 
 __all__ = ["HFWriter"]
@@ -26,6 +27,7 @@ class HFWriter(ModelWriter):
       source: the checkpoint that the new one is made from.
       out: the directory to create.
       codec: of the quantized linears; None writes a dense checkpoint.
+      dtype: of dense parameters; None keeps each as it is in the source.
       recipe: what decided the quantization, as JSON values; the manifest keeps it.
       overwrite: replace ``out`` if awq-jax wrote it.
       expected_bytes: refuse at once if the disk has less room.
@@ -33,29 +35,30 @@ class HFWriter(ModelWriter):
 
     def __init__(
         self,
-        source: HFCheckpoint,
+        source: Checkpoint,
         out: str | os.PathLike[str],
         *,
-        codec: Codec | None = None,
+        codec: WritableCodec | None = None,
+        dtype: np.dtype | None = None,
         recipe: Mapping[str, Any] | None = None,
         overwrite: bool = False,
         expected_bytes: int = 0,
     ) -> None:
         self._writer = DirectoryWriter(out, overwrite=overwrite, expected_bytes=expected_bytes)
-        super().__init__(source, self._writer)
+        super().__init__(source, self._writer, dtype)
         self._codec = codec
         self._writer.recipe = None if recipe is None else dict(recipe)
-        self._linears: dict[str, bool] = {}  # Hugging Face's module name -> whether it is quantized
+        self._linears: dict[str, Scheme | None] = {}  # by Hugging Face's module name; None stays dense
 
     def _complete(self) -> None:
         self._writer.write_json(CONFIG, self._config())
 
     def _config(self) -> dict[str, Any]:
-        raw = self.source.hf.raw
+        raw = self._raw_config()
         if self._codec is None:
             return raw
-        quantized = [name for name, is_quantized in self._linears.items() if is_quantized]
-        dense = [name for name, is_quantized in self._linears.items() if not is_quantized]
+        quantized = {name: scheme for name, scheme in self._linears.items() if scheme is not None}
+        dense = [name for name, scheme in self._linears.items() if scheme is None]
         return {**raw, "quantization_config": self._codec.skipping(dense, quantized).to_config()}
 
     def write_stem(self, stem: Mapping[str, Any]) -> None:
@@ -82,10 +85,10 @@ class HFWriter(ModelWriter):
         name, leaf, path = whole.name, whole.leaf, whole.paths[0]
         module = name.rpartition(".")[0]
         if path.endswith("/kernel"):
-            self._linears[module] = isinstance(leaf, QTensor)
+            self._linears[module] = Scheme.of(leaf)
         if isinstance(leaf, QTensor):
             if self._codec is None:
                 raise ValueError(f"{path!r} is quantized, and a dense checkpoint was asked for.")
             return self._codec.encode(module, leaf)
-        array = narrowed(path, leaf, self.source.stored_dtype(path))
+        array = self._narrowed(path, leaf)
         return {name: array.T if whole.transpose else array}

@@ -16,8 +16,9 @@ from awq_jax._manifest import MANIFEST, read_manifest, verify
 from awq_jax._tree import leaves
 from awq_jax.checkpoint import read_part
 from awq_jax_convert.hf_config import HFConfig, read_config
+from awq_jax_convert.scheme import Scheme
 from awq_jax_convert.shapes import expected_shape
-from awq_jax_convert.source import Checkpoint, cast, form
+from awq_jax_convert.source import Checkpoint, cast
 
 __all__ = ["FORMAT", "NativeCheckpoint", "is_native", "part_name"]
 
@@ -103,16 +104,14 @@ class NativeCheckpoint(Checkpoint):
         """The bytes that a parameter takes in memory."""
         return int(self._stored(path)["nbytes"])
 
-    def stored_form(self, path: str) -> str:
-        """How a parameter is kept; see `Checkpoint.stored_form`."""
-        kept = self._stored(path)
-        if "bits" not in kept:
-            return str(kept["dtype"])
-        return form(kept["bits"], kept["group_size"], symmetric=kept["symmetric"])
+    def stored_dtype(self, path: str) -> np.dtype:
+        """The dtype that a dense parameter is kept in."""
+        return np.dtype(self._stored(path)["dtype"])
 
-    def is_quantized(self, path: str) -> bool:
-        """Whether a parameter is a quantized weight."""
-        return "bits" in self._stored(path)
+    def scheme(self, path: str) -> Scheme | None:
+        """The number format of a quantized weight, None for a dense parameter."""
+        kept = self._stored(path)
+        return Scheme(kept["bits"], kept["group_size"], kept["symmetric"]) if "bits" in kept else None
 
     def layer(self, index: int, dtype: Any = np.float32) -> dict[str, Any]:
         """The parameters of one layer; see `Checkpoint.layer`."""

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 
 from awq_jax._files import resolve_inside
-from awq_jax_convert.hf import HFCheckpoint
 from awq_jax_convert.hf_config import CONFIG
+from awq_jax_convert.source import Checkpoint
 
 __all__ = ["BESIDE", "ModelWriter", "narrowed"]
 
@@ -34,11 +34,17 @@ class ModelWriter(abc.ABC):
 
     Attributes:
       source: the checkpoint whose config, tokenizer and dtypes the new one has.
+      dtype: of its dense parameters; None keeps each as it is in the source.
       nbytes: of the tensors written so far.
     """
 
-    def __init__(self, source: HFCheckpoint, directory: contextlib.AbstractContextManager[Any]) -> None:
-        self.source, self.nbytes = source, 0
+    def __init__(
+        self,
+        source: Checkpoint,
+        directory: contextlib.AbstractContextManager[Any],
+        dtype: np.dtype | None = None,
+    ) -> None:
+        self.source, self.dtype, self.nbytes = source, dtype, 0
         self._opening = directory
         self._directory: Any = None  # what opening gave
         self._stack = contextlib.ExitStack()
@@ -81,6 +87,17 @@ class ModelWriter(abc.ABC):
         """`write_bytes` of UTF-8 text."""
         self.write_bytes(name, text.encode())
 
+    def _narrowed(self, path: str, array: Any) -> np.ndarray:
+        return narrowed(path, array, self.dtype or self.source.stored_dtype(path))
+
+    def _raw_config(self) -> dict[str, Any]:
+        """The source's config.json, with the dtype that the parameters now have."""
+        raw = self.source.hf.raw
+        if self.dtype is None:
+            return raw
+        named = [key for key in ("dtype", "torch_dtype") if key in raw] or ["torch_dtype"]
+        return {**raw, **dict.fromkeys(named, str(self.dtype))}
+
     def _copy_beside(self) -> None:
         """Copy the source's tokenizer and generation settings, byte for byte: tokenizer.model is not text."""
         for name in BESIDE:
@@ -89,7 +106,7 @@ class ModelWriter(abc.ABC):
 
 
 def narrowed(path: str, array: Any, dtype: np.dtype) -> np.ndarray:
-    """A dense parameter in the dtype that it had in the source.
+    """A dense parameter in another dtype.
 
     Raises:
       ValueError: a value that was finite is not in that dtype.
@@ -101,6 +118,7 @@ def narrowed(path: str, array: Any, dtype: np.dtype) -> np.ndarray:
     if lost:
         raise ValueError(
             f"{lost} of {narrow.size} values of {path!r} leave the range of {dtype}, the dtype of the source "
-            f"({CONFIG}); the largest is {np.abs(wide).max():.3g}. Convert the source to bfloat16 or float32 first."
+            f"({CONFIG}) or the one asked for; the largest is {np.abs(wide).max():.3g}. Convert the source to bfloat16 "
+            "or float32 first."
         )
     return narrow

@@ -12,6 +12,7 @@ from awq_jax._qtensor import QTensor
 from awq_jax.families import Family
 from awq_jax.models import DecoderConfig
 from awq_jax_convert.hf_config import HFConfig
+from awq_jax_convert.scheme import Scheme, form
 
 __all__ = ["Checkpoint"]
 
@@ -69,12 +70,23 @@ class Checkpoint(abc.ABC):
         """The bytes that a parameter takes, as kept."""
 
     @abc.abstractmethod
-    def stored_form(self, path: str) -> str:
-        """How a parameter is kept, for people: ``bfloat16``, or ``int4 g128``."""
+    def stored_dtype(self, path: str) -> np.dtype:
+        """The dtype that a dense parameter is kept in."""
 
     @abc.abstractmethod
+    def scheme(self, path: str) -> Scheme | None:
+        """The number format of a quantized weight, None for a dense parameter."""
+
     def is_quantized(self, path: str) -> bool:
         """Whether a parameter is a quantized weight."""
+        return self.scheme(path) is not None
+
+    def stored_form(self, path: str) -> str:
+        """How a parameter is kept, for people: ``bfloat16``, or ``int4 g128``."""
+        kept = self.scheme(path)
+        if kept is None:
+            return str(self.stored_dtype(path))
+        return form(kept.bits, kept.group_size, symmetric=kept.symmetric)
 
     @abc.abstractmethod
     def layer(self, index: int, dtype: Any = np.float32) -> dict[str, Any]:
@@ -120,16 +132,6 @@ class Checkpoint(abc.ABC):
                 + "\n  ".join(wrong[:5])
                 + more
             )
-
-
-def form(bits: int, group_size: int, *, symmetric: bool = False) -> str:
-    """What people read about a number format.
-
-    >>> form(4, 128), form(3, -1, symmetric=True)
-    ('int4 g128', 'int3 column symmetric')
-    """
-    group = "column" if group_size == -1 else f"g{group_size}"
-    return f"int{bits} {group}" + (" symmetric" if symmetric else "")
 
 
 def cast(node: Any, dtype: Any) -> Any:

@@ -1,0 +1,218 @@
+# SPDX-License-Identifier: Apache-2.0
+"""compressed-tensors ``pack-quantized``, what llm-compressor writes: codes packed along the inputs.
+
+A linear ``[k, n]`` is ``weight_packed`` int32 ``[n, k*b/32]``, ``weight_scale`` ``[n, k/g]``, ``weight_shape`` and,
+where it is asymmetric, ``weight_zero_point`` int32 ``[n*b/32, k/g]``, packed along the outputs. Files hold a code c in
+-2**(b-1) .. 2**(b-1)-1 as ``c + 2**(b-1)``: for four bits our codes and zeros.
+(Format: compressed-tensors 0.19.0, ``compressors/pack_quantized``.)
+"""
+
+import dataclasses
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import numpy as np
+
+from awq_jax._qtensor import QTensor
+from awq_jax_convert.codec import refuse_damaged_scales
+from awq_jax_convert.compressed_tensors_config import ConfigGroup, groups_of, read_groups, to_config
+from awq_jax_convert.safetensors_dir import TensorMeta
+from awq_jax_convert.safetensors_header import FLOATS
+from awq_jax_convert.scheme import Scheme
+from awq_jax_convert.words import nibble_bytes, pack_words, unpack_words, widths
+from awq_jax_kernels.nibbles import pack_numpy, unpack_numpy
+
+__all__ = ["CompressedTensors", "decode", "encode"]
+
+PACKED, SCALE, ZERO, SHAPE = "weight_packed", "weight_scale", "weight_zero_point", "weight_shape"
+G_IDX = "weight_g_idx"
+
+
+def _canonical(words: np.ndarray, bits: int, k: int, *, symmetric: bool) -> np.ndarray:
+    """``[n, w]`` words to our packed bytes ``[k/2, n]``."""
+    if bits == 4 and k % 8 == 0:
+        return np.ascontiguousarray(nibble_bytes(words).T ^ 0x88).view(np.int8)
+    codes = np.ascontiguousarray(unpack_words(words, bits, k).T)
+    return pack_numpy(codes + np.uint8(8 - 2 ** (bits - 1)) if symmetric else codes)
+
+
+def _zeros(words: np.ndarray, bits: int, n: int) -> np.ndarray:
+    """``[w, k/g]`` words, packed along the outputs, to zero codes ``[k/g, n]``."""
+    return np.ascontiguousarray(unpack_words(np.ascontiguousarray(words.T), bits, n))
+
+
+def _dense(parts: Mapping[str, np.ndarray], bits: int, n: int, k: int) -> np.ndarray:
+    """float32 ``[k, n]``, which holds a code times a scale of 16 bits exactly."""
+    codes = unpack_words(parts[PACKED], bits, k).T.astype(np.float32)
+    scale = parts[SCALE].T.astype(np.float32)
+    zero = _zeros(parts[ZERO], bits, n).astype(np.float32) if ZERO in parts else np.full_like(scale, 2 ** (bits - 1))
+    grouped = codes.reshape(len(scale), -1, n)
+    return ((grouped - zero[:, None]) * scale[:, None]).reshape(k, n)
+
+
+def decode(name: str, parts: Mapping[str, np.ndarray], scheme: Scheme) -> QTensor | np.ndarray:
+    """The weight, with numpy leaves; codes wider than four bits become float32 values.
+
+    Args:
+      name: of the module, for errors.
+      parts: its tensors by last name component.
+      scheme: their number format.
+
+    Raises:
+      ValueError: ``weight_shape`` is of another weight, or a scale is NaN or infinite.
+    """
+    n, words = parts[PACKED].shape
+    k = scheme.rows(words * 32 // scheme.bits) * parts[SCALE].shape[1]
+    if parts[SHAPE].tolist() != [n, k]:
+        raise ValueError(f"weight_shape of {name!r} says {parts[SHAPE].tolist()}, its tensors are of [{n}, {k}].")
+    refuse_damaged_scales(name, parts[SCALE])
+    if scheme.bits > 4:
+        return _dense(parts, scheme.bits, n, k)
+    return QTensor(
+        packed=_canonical(parts[PACKED], scheme.bits, k, symmetric=scheme.symmetric),
+        scale=np.ascontiguousarray(parts[SCALE].T),
+        zero=None if scheme.symmetric else _zeros(parts[ZERO], scheme.bits, n).astype(np.int8),
+        bits=scheme.bits,
+    )
+
+
+def encode(name: str, weight: QTensor, *, symmetric: bool) -> dict[str, np.ndarray]:
+    """The tensors of a quantized linear; codes, zeros and scales unchanged.
+
+    Args:
+      name: of the module, for example ``model.layers.0.mlp.down_proj``.
+      weight: ``[k, n]``, of two or four bits.
+      symmetric: leave the zeros out; otherwise a weight without zeros gets those of the middle.
+
+    Raises:
+      ValueError: three bits, which readers would take for one of two layouts; zeros where none are meant to be; or a
+        scale that is not finite and positive.
+    """
+    k, n = weight.shape
+    scale, bits = np.asarray(weight.scale), weight.bits
+    if bits == 3:
+        raise ValueError(f"{name!r} has 3 bits, of which compressed-tensors has two layouts. Write the native format.")
+    if symmetric and weight.zero is not None:
+        raise ValueError(f"{name!r} has zeros, the checkpoint is to be symmetric.")
+    bad = int((~np.isfinite(scale) | (scale <= 0)).sum())
+    if bad:
+        raise ValueError(
+            f"{bad} of {scale.size} scales of {name!r} are not finite and positive. Leave this weight unquantized with "
+            "an override."
+        )
+    half = 2 ** (bits - 1)
+    codes = unpack_numpy(np.asarray(weight.packed)).T
+    if weight.zero is None:  # symmetric codes lie around 8, whatever their width
+        codes = codes - np.uint8(8 - half)
+    made = {
+        f"{name}.{PACKED}": pack_words(codes, bits),
+        f"{name}.{SCALE}": scale.T,
+        f"{name}.{SHAPE}": np.array([n, k], np.int64),
+    }
+    if not symmetric:
+        zero = np.full(scale.shape, half, np.uint8) if weight.zero is None else np.asarray(weight.zero, np.uint8)
+        made[f"{name}.{ZERO}"] = pack_words(zero, bits).T
+    return made
+
+
+@dataclasses.dataclass(frozen=True)
+class CompressedTensors:
+    """The codec of one checkpoint.
+
+    Attributes:
+      groups: what its ``config_groups`` say; empty for one that is yet to be written.
+      ignore: modules that stay dense.
+      group_size: of a checkpoint to be written: -1 where every weight has one group.
+      symmetric: whether one to be written leaves zeros out.
+    """
+
+    groups: tuple[ConfigGroup, ...] = ()
+    ignore: tuple[str, ...] = ()
+    group_size: int = 128
+    symmetric: bool = False
+
+    name = "compressed-tensors"
+    parts = (PACKED, SCALE, ZERO, SHAPE, G_IDX)
+    scale_part = SCALE
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> "CompressedTensors":
+        """Read a ``quantization_config``.
+
+        Raises:
+          ValueError: anything in it that is not understood.
+        """
+        groups, ignore = read_groups(config)
+        return cls(groups, ignore)
+
+    def to_config(self) -> dict[str, Any]:
+        """The ``quantization_config`` that other loaders read."""
+        return to_config(self.groups, self.ignore)
+
+    def scheme(self, name: str, parts: Iterable[str]) -> Scheme:
+        """The number format that the config gives a module.
+
+        Raises:
+          ValueError: no target matches it.
+        """
+        if len(self.groups) == 1:
+            return self.groups[0].scheme
+        ranked = [(rank, group.scheme) for group in self.groups if (rank := group.rank(name)) is not None]
+        if not ranked:
+            raise ValueError(f"{name!r} is quantized, but no target of quantization_config matches it.")
+        return min(ranked)[1]
+
+    def shape(self, name: str, metas: Mapping[str, TensorMeta]) -> tuple[int, int]:
+        """``(k, n)`` of a linear from its tensors' headers.
+
+        Raises:
+          ValueError: a part is missing or too many, or a dtype or shape does not fit.
+        """
+        scheme = self.scheme(name, metas)
+        if G_IDX in metas:
+            raise ValueError(f"{name!r} is quantized in activation order (weight_g_idx), which is not read.")
+        wanted = {PACKED, SCALE, SHAPE} | (set() if scheme.symmetric else {ZERO})
+        if set(metas) != wanted:
+            raise ValueError(
+                f"quantized module {name!r} has {', '.join(sorted(metas))}, its scheme asks for "
+                f"{', '.join(sorted(wanted))}; download the checkpoint again."
+            )
+        packed, scale, shape = metas[PACKED], metas[SCALE], metas[SHAPE]
+        if packed.dtype != "I32" or scale.dtype not in FLOATS or shape.dtype not in ("I32", "I64"):
+            raise ValueError(
+                f"{name!r} is not pack-quantized: weight_packed is {packed.dtype}, weight_scale {scale.dtype}, "
+                f"weight_shape {shape.dtype}; expected I32, a float and I64."
+            )
+        fits = len(packed.shape) == len(scale.shape) == 2 and shape.shape == (2,) and packed.shape[0] == scale.shape[0]
+        if not fits or not self._fits(scheme, metas):
+            raise ValueError(
+                f"{name!r}: {', '.join(f'{part} {list(meta.shape)}' for part, meta in sorted(metas.items()))} do not "
+                f"fit {scheme.bits} bits with group_size={scheme.group_size} of quantization_config."
+            )
+        return scheme.rows(packed.shape[1] * 32 // scheme.bits) * scale.shape[1], packed.shape[0]
+
+    def _fits(self, scheme: Scheme, metas: Mapping[str, TensorMeta]) -> bool:
+        (n, words), groups = metas[PACKED].shape, metas[SCALE].shape[1]
+        if scheme.group_size == -1 and (groups != 1 or words * 32 % scheme.bits):
+            return False
+        k = scheme.rows(words * 32 // scheme.bits) * groups
+        zero = metas.get(ZERO)
+        if zero and (zero.dtype != "I32" or zero.shape not in [(rows, groups) for rows in widths(n, scheme.bits)]):
+            return False
+        return k > 0 and n > 0 and k % 2 == 0 and words in widths(k, scheme.bits)
+
+    def decode(self, name: str, parts: Mapping[str, np.ndarray]) -> QTensor | np.ndarray:
+        """`decode` of this format."""
+        return decode(name, parts, self.scheme(name, parts))
+
+    def encode(self, name: str, weight: QTensor) -> dict[str, np.ndarray]:
+        """`encode` of this format."""
+        return encode(name, weight, symmetric=self.symmetric)
+
+    def skipping(self, dense: Iterable[str], quantized: Mapping[str, Scheme]) -> "CompressedTensors":
+        """This codec with a config group for every number format in use, and the modules that stay dense."""
+        schemes = {
+            name: Scheme(found.bits, -1 if self.group_size == -1 else found.group_size, self.symmetric)
+            for name, found in quantized.items()
+        }
+        return dataclasses.replace(self, groups=groups_of(schemes), ignore=tuple(sorted(dense)))
