@@ -5,7 +5,7 @@ import dataclasses
 import fnmatch
 from collections.abc import Iterable, Mapping
 
-from awq_jax._spec import QuantSpec, Recipe, SearchSpec
+from awq_jax._spec import GPTQSpec, QuantSpec, Recipe, SearchSpec
 from awq_jax._tie import Tie
 from awq_jax.families._table import Family, Group, Linear
 
@@ -37,10 +37,17 @@ class GroupPlan:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LayerPlan:
-    """Everything that decides what happens to one layer. Layers with equal plans share one compilation."""
+    """Everything that decides what happens to one layer. Layers with equal plans share one compilation.
+
+    Attributes:
+      groups: what shares a scale.
+      search: how scales and thresholds are found.
+      feedback: how GPTQ rounds; None rounds to nearest.
+    """
 
     groups: tuple[GroupPlan, ...]
     search: SearchSpec
+    feedback: GPTQSpec | None = None
 
     @property
     def taps(self) -> tuple[str, ...]:
@@ -104,7 +111,7 @@ def plan_layers(
             clip = tuple(f"layers/*/{path}" not in family.no_clip for path in row.sinks)
             needs_tie = tied and tie is not None and tie.repeats > 1
             groups.append(GroupPlan(group=row, specs=specs, tie=tie if needs_tie else None, clip=clip))
-        plans.append(LayerPlan(groups=tuple(groups), search=recipe.search))
+        plans.append(LayerPlan(groups=tuple(groups), search=recipe.searches, feedback=recipe.feedback))
     _refuse_unused(glob for glob, _ in recipe.overrides if glob not in used)
     return tuple(plans)
 

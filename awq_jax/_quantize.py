@@ -5,17 +5,21 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array
 
 from awq_jax._clip import search_clip
 from awq_jax._fold import fold_scale
 from awq_jax._plan import GroupPlan, LayerPlan
 from awq_jax._pytree import pytree
+from awq_jax._qtensor import dequantize
 from awq_jax._round import quantize
-from awq_jax._search import ScaleResult, search_scale, split_columns
+from awq_jax._search import ScaleResult, gram_loss, search_scale, split_columns
 from awq_jax._stats import ActStats
 from awq_jax._tree import get, put
+from awq_jax.methods import gptq
 
 __all__ = ["QuantizedLayer", "quantize_layer", "round_layer"]
 
@@ -30,10 +34,13 @@ class QuantizedLayer:
     Attributes:
       params: the layer's tree with `QTensor` kernels and folded producers.
       results: a `ScaleResult` per group of the plan, None where nothing of the group is quantized.
+      losses: by group, the output error after clipping and rounding, in the unit of ``results[i].losses`` under the
+        Gram objective.
     """
 
     params: Any
     results: Any
+    losses: Any
 
 
 def _search_group(params: Params, plan: GroupPlan, layer: LayerPlan, stats: ActStats, loss: Any) -> ScaleResult:
@@ -45,28 +52,52 @@ def _search_group(params: Params, plan: GroupPlan, layer: LayerPlan, stats: ActS
     return search_scale(stats, kernels, search, specs, tie=plan.tie, loss=loss)
 
 
-def _round_group(params: Params, plan: GroupPlan, layer: LayerPlan, stats: ActStats | None, rows: Array | None) -> Any:
-    """Replace the kernels of one group by their quantized form; clip where a Gram matrix tells how."""
+def _round_group(
+    params: Params, plan: GroupPlan, layer: LayerPlan, stats: ActStats | None, rows: Array | None
+) -> tuple[Params, Array | None]:
+    """Replace the kernels of one group by their quantized form, and say what output error is left.
+
+    With a Gram matrix thresholds are searched, and errors fed back if the plan says so; kernels of one format lie side
+    by side.
+    """
     out = dict(params)
     kernels = {path: get(out, path)["kernel"].astype(jnp.float32) for path, _, _ in plan.quantized}
-    ratios = _clip_group(kernels, plan, layer, stats, rows)
-    for path, spec, _ in plan.quantized:
-        out = put(out, f"{path}/kernel", quantize(kernels[path], spec, ratios.get(path)))
-    return out
+    if stats is None or stats.gram is None:
+        for path, spec, _ in plan.quantized:
+            out = put(out, f"{path}/kernel", quantize(kernels[path], spec))
+        return out, None
+    if rows is not None:
+        stats = dataclasses.replace(stats, gram=stats.gram / (rows[:, None] * rows[None, :]))
+    ratios = _clip_group(kernels, plan, layer, stats)
+    loss = jnp.zeros(())
+    for spec in dict.fromkeys(spec for _, spec, _ in plan.quantized):
+        paths = [path for path, other, _ in plan.quantized if other == spec]
+        wide = jnp.concatenate([kernels[path] for path in paths], axis=1)
+        ratio = jnp.concatenate([ratios[path] for path in paths], axis=1)
+        if layer.feedback is None:
+            weight = quantize(wide, spec, ratio)
+        else:
+            weight = gptq(wide, stats.gram, spec, layer.feedback, ratio)
+        loss += gram_loss(wide - dequantize(weight), stats)
+        ends = np.cumsum([kernels[path].shape[1] for path in paths])
+        for path, end in zip(paths, ends.tolist(), strict=True):
+            columns = slice(end - kernels[path].shape[1], end)
+            out = put(out, f"{path}/kernel", jax.tree.map(lambda leaf, at=columns: leaf[:, at], weight))
+    return out, loss
 
 
-def _clip_group(
-    kernels: Mapping[str, Array], plan: GroupPlan, layer: LayerPlan, stats: ActStats | None, rows: Array | None
-) -> dict[str, Array]:
-    """Thresholds of the kernels that may be clipped; those of one format are searched side by side."""
-    if stats is None or stats.gram is None or not layer.search.clip_ratios:
-        return {}
-    gram = stats.gram if rows is None else stats.gram / (rows[:, None] * rows[None, :])
+def _clip_group(kernels: Mapping[str, Array], plan: GroupPlan, layer: LayerPlan, stats: ActStats) -> dict[str, Array]:
+    """Thresholds of the kernels; those of one format are searched side by side, those left unclipped have 1."""
     ratios: dict[str, Array] = {}
+    for path, spec, _ in plan.quantized:
+        k, n = kernels[path].shape
+        ratios[path] = jnp.ones((k // spec.rows_per_group(k), n))
+    if not layer.search.clip_ratios:
+        return ratios
     for spec in dict.fromkeys(spec for _, spec, may_clip in plan.quantized if may_clip):
         paths = [path for path, other, may_clip in plan.quantized if may_clip and other == spec]
         wide = jnp.concatenate([kernels[path] for path in paths], axis=1)
-        found = search_clip(gram, wide, spec, layer.search.clip_ratios)
+        found = search_clip(stats.gram, wide, spec, layer.search.clip_ratios)
         ratios |= dict(zip(paths, split_columns(found, [kernels[path].shape[1] for path in paths]), strict=True))
     return ratios
 
@@ -74,7 +105,7 @@ def _clip_group(
 def round_layer(params: Params, plan: LayerPlan) -> Params:
     """Round to nearest, without statistics: what every other method is measured against."""
     for group in plan.groups:
-        params = _round_group(params, group, plan, None, None)
+        params, _ = _round_group(params, group, plan, None, None)
     return params
 
 
@@ -103,8 +134,11 @@ def quantize_layer(
     for group, result in zip(plan.groups, results, strict=True):
         if result is not None and group.group.producer is not None:
             folded = fold_scale(folded, group.group, result.scale, group.tie)
+    losses: list[Array | None] = []
     for group, result in zip(plan.groups, results, strict=True):
+        left = None
         if result is not None:
             rows = group.tie.spread(result.scale) if group.tie else result.scale
-            folded = _round_group(folded, group, plan, stats[group.group.sinks[0]], rows)
-    return QuantizedLayer(params=folded, results=results)
+            folded, left = _round_group(folded, group, plan, stats[group.group.sinks[0]], rows)
+        losses.append(left)
+    return QuantizedLayer(params=folded, results=results, losses=tuple(losses))

@@ -10,7 +10,7 @@ from awq_jax._qtensor import QTensor
 from awq_jax._spec import QuantSpec
 from awq_jax_kernels.nibbles import pack
 
-__all__ = ["Grid", "fake_quantize", "fit_grid", "quantize", "to_codes"]
+__all__ = ["Grid", "code_range", "fake_quantize", "fit_grid", "packed_on", "quantize", "to_codes"]
 
 
 class Grid(NamedTuple):
@@ -59,12 +59,16 @@ def fit_grid(weight: Float[Array, "*b k n"], spec: QuantSpec, ratio: Float[Array
     return Grid(stored, zero)
 
 
+def code_range(spec: QuantSpec) -> tuple[int, int]:
+    """The smallest and the largest code. A symmetric one sits around 8, so that its zero is 8 whatever the width."""
+    half = 2 ** (spec.bits - 1)
+    return (8 - half, 7 + half) if spec.symmetric else (0, spec.levels)
+
+
 def _on_grid(weight: Array, grid: Grid, spec: QuantSpec) -> tuple[Array, Array, Array]:
     """(codes as float32 [*b, groups, g, n], zero and scale with the group axis kept)."""
     scale, zero = grid.scale.astype(jnp.float32)[..., None, :], grid.zero[..., None, :]
-    # A symmetric code of fewer than four bits sits around 8, so that its zero point is 8 whatever the width.
-    half = 2 ** (spec.bits - 1)
-    low, high = (8 - half, 7 + half) if spec.symmetric else (0, spec.levels)
+    low, high = code_range(spec)
     codes = jnp.clip(jnp.round(_grouped(weight.astype(jnp.float32), spec) / scale) + zero, low, high)
     return codes, zero, scale
 
@@ -72,6 +76,12 @@ def _on_grid(weight: Array, grid: Grid, spec: QuantSpec) -> tuple[Array, Array, 
 def to_codes(weight: Float[Array, "*b k n"], grid: Grid, spec: QuantSpec) -> UInt8[Array, "*b k n"]:
     """Nearest codes 0..15 of a weight on a grid."""
     return _on_grid(weight, grid, spec)[0].reshape(weight.shape).astype(jnp.uint8)
+
+
+def packed_on(codes: UInt8[Array, "*b k n"], grid: Grid, spec: QuantSpec) -> QTensor:
+    """Codes on a grid as a weight."""
+    zero = None if spec.symmetric else grid.zero.astype(jnp.int8)
+    return QTensor(packed=pack(codes), scale=grid.scale, zero=zero, bits=spec.bits)
 
 
 def fake_quantize(
@@ -110,6 +120,4 @@ def quantize(
     [[0.0, 1.0], [3.0, -2.0]]
     """
     grid = fit_grid(weight, spec, ratio)
-    packed = pack(to_codes(weight, grid, spec))
-    zero = None if spec.symmetric else grid.zero.astype(jnp.int8)
-    return QTensor(packed=packed, scale=grid.scale, zero=zero, bits=spec.bits)
+    return packed_on(to_codes(weight, grid, spec), grid, spec)

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-__all__ = ["QuantSpec", "Recipe", "ScaleRule", "SearchSpec", "rule"]
+__all__ = ["METHODS", "GPTQSpec", "QuantSpec", "Recipe", "ScaleRule", "SearchSpec", "rule"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -108,6 +108,7 @@ class ScaleRule:
             raise ValueError(f"ScaleRule.percentile is {self.percentile}; it must lie in (0, 100].")
 
 
+METHODS = ("minmax", "awq", "gptq", "awq+gptq")
 RULES = ("identity", "paper", "duo", "article", "article-literal")
 
 
@@ -198,16 +199,59 @@ class SearchSpec:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class GPTQSpec:
+    """How GPTQ rounds.
+
+    Attributes:
+      damping: added to the diagonal of the Gram matrix, as a fraction of its mean.
+      order: round the rows that meet the largest activations first. Grids are fixed before, so this costs no format
+        anything.
+      sweeps: passes of coordinate descent after it; each lowers the same error further.
+    """
+
+    damping: float = 0.01
+    order: bool = True
+    sweeps: int = 3
+
+    def __post_init__(self) -> None:
+        if not 0 < self.damping < 10:
+            raise ValueError(f"GPTQSpec.damping is {self.damping}; it must lie in (0, 10), usually 0.01.")
+        if self.sweeps < 0:
+            raise ValueError(f"GPTQSpec.sweeps is {self.sweeps}; it must not be negative.")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Recipe:
     """Everything that decides a quantization.
 
     Attributes:
       quant: the number format.
-      search: how scales and thresholds are found.
+      method: "minmax" rounds to nearest; "awq" searches scales and thresholds, then rounds to nearest; "gptq" rounds
+        with error feedback; "awq+gptq" searches, then rounds with error feedback.
+      search: how scales and thresholds are found, where the method searches.
+      gptq: how codes are chosen, where the method feeds errors back.
       overrides: ``(glob, spec or None)`` pairs over weight paths such as ``layers/*/mlp/down``; the first match wins,
         None leaves the weight in floating point. A glob that matches nothing is an error.
     """
 
     quant: QuantSpec = dataclasses.field(default_factory=QuantSpec)
+    method: str = "awq"
     search: SearchSpec = dataclasses.field(default_factory=SearchSpec)
+    gptq: GPTQSpec = dataclasses.field(default_factory=GPTQSpec)
     overrides: tuple[tuple[str, QuantSpec | None], ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.method not in METHODS:
+            raise ValueError(f"Recipe.method is {self.method!r}; the methods are {', '.join(METHODS)}.")
+
+    @property
+    def searches(self) -> SearchSpec:
+        """What the method looks for: nothing but identity, where it does not search."""
+        if "awq" in self.method:
+            return self.search
+        return dataclasses.replace(self.search, rules=(), clip_ratios=())
+
+    @property
+    def feedback(self) -> GPTQSpec | None:
+        """How the method feeds errors back; None rounds to nearest."""
+        return self.gptq if "gptq" in self.method else None

@@ -9,20 +9,31 @@ import numpy as np
 from awq_jax._plan import GroupPlan, LayerPlan
 from awq_jax._search import ScaleResult
 from awq_jax.layer_step import LayerOutcome
-from awq_jax.report import GroupReport, LayerReport, LinearReport
+from awq_jax.report import GroupReport, LayerReport, LinearReport, Method
 
 __all__ = ["layer_report"]
 
 
-def _why_not_awq(plan: GroupPlan, tap: str, *, finite: bool, fell_back: bool, winner: str) -> str:
-    """The reason a quantized group has no searched scale; empty if it has one."""
+def _reason(plan: GroupPlan, layer: LayerPlan, tap: str, *, finite: bool, fell_back: bool, winner: str) -> str:
+    """Why a quantized group has less than its recipe asked for; empty if it has all."""
     if not finite:
         return f"activations at {tap} are not finite"
     if fell_back:
         return "the search did not lower this layer's output error"
+    if not layer.search.rules:
+        return "" if layer.feedback else "the recipe asks for round to nearest"
     if plan.group.producer is None:
         return plan.group.reason or "nothing in front of it can absorb a scale"
     return "no candidate was better than round to nearest" if winner == "identity" else ""
+
+
+def _method(layer: LayerPlan, *, finite: bool, fell_back: bool, winner: str) -> Method:
+    """What a quantized group got."""
+    if fell_back or not finite:
+        return "rtn"
+    if layer.feedback is None:
+        return "rtn" if winner == "identity" else "awq"
+    return "gptq" if winner == "identity" else "awq+gptq"
 
 
 def _finite(value: Any) -> float | None:
@@ -30,18 +41,17 @@ def _finite(value: Any) -> float | None:
     return float(value) if np.isfinite(value) else None
 
 
-def _linears(index: int, plan: GroupPlan, reason: str) -> Iterator[LinearReport]:
+def _linears(index: int, plan: GroupPlan, method: Method, reason: str) -> Iterator[LinearReport]:
     for path, spec in zip(plan.group.sinks, plan.specs, strict=True):
         name = f"layers/{index}/{path}"
         if spec is None:
             why = "left in floating point by an override"
             yield LinearReport(path=name, method="float", reason=why, bits=32, group_size=0)
         else:
-            method = "rtn" if reason else "awq"
             yield LinearReport(path=name, method=method, reason=reason, bits=spec.bits, group_size=spec.group_size)
 
 
-def _group(index: int, plan: GroupPlan, result: ScaleResult, rule: str, power: float) -> GroupReport:
+def _group(index: int, plan: GroupPlan, result: ScaleResult, written: Any, rule: str, power: float) -> GroupReport:
     producer, losses = plan.group.producer, np.asarray(result.losses)
     return GroupReport(
         sinks=tuple(f"layers/{index}/{path}" for path in plan.group.sinks),
@@ -51,6 +61,7 @@ def _group(index: int, plan: GroupPlan, result: ScaleResult, rule: str, power: f
         loss=_finite(losses.min()),
         rtn_loss=_finite(losses[0]),
         losses=tuple(map(_finite, losses)),
+        written_loss=_finite(written),
     )
 
 
@@ -65,15 +76,17 @@ def layer_report(index: int, plan: LayerPlan, outcome: LayerOutcome) -> LayerRep
     fell_back = not bool(outcome.error <= outcome.rtn_error)
     groups: list[GroupReport] = []
     linears: list[LinearReport] = []
-    for group, result in zip(plan.groups, outcome.layer.results, strict=True):
+    layer = outcome.layer
+    for group, result, written in zip(plan.groups, layer.results, layer.losses, strict=True):
         winner, power, finite, tap = "identity", 0.0, True, group.group.sinks[0]
         if result is not None:
             rule, power, _ = plan.search.candidates[int(result.index)]
             winner, finite = rule.name, bool(outcome.finite[tap])
-            groups.append(_group(index, group, result, winner, power))
+            groups.append(_group(index, group, result, written, winner, power))
         tap = f"layers/{index}/{tap}"
-        reason = _why_not_awq(group, tap, finite=finite, fell_back=fell_back, winner=winner)
-        linears += _linears(index, group, reason)
+        method = _method(plan, finite=finite, fell_back=fell_back, winner=winner)
+        reason = _reason(group, plan, tap, finite=finite, fell_back=fell_back, winner=winner)
+        linears += _linears(index, group, method, reason)
     return LayerReport(
         index=index,
         error=_finite(outcome.rtn_error if fell_back else outcome.error),

@@ -4,6 +4,7 @@
 Layers of equal shape and equal plan share the compilation, so a model compiles once whatever its depth.
 """
 
+import dataclasses
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -15,7 +16,7 @@ from jaxtyping import Array
 from awq_jax._plan import GroupPlan, LayerPlan
 from awq_jax._pytree import pytree
 from awq_jax._qtensor import QTensor, dequantize
-from awq_jax._quantize import QuantizedLayer, quantize_layer, round_layer
+from awq_jax._quantize import quantize_layer, round_layer
 from awq_jax._stats import ActStats, calibrate, observe
 from awq_jax._tree import put
 from awq_jax.models.config import DecoderConfig
@@ -144,7 +145,7 @@ def quantize_and_measure(
     chosen = jax.tree.map(lambda a, b: jnp.where(helped, a, b), searched.params, rounded)
     finite = {tap: jnp.isfinite(s.abs_sum).all() & jnp.isfinite(s.gram).all() for tap, s in stats.items()}
     return LayerOutcome(
-        layer=QuantizedLayer(params=chosen, results=searched.results),
+        layer=dataclasses.replace(searched, params=chosen),
         hidden=outputs,
         error=error,
         rtn_error=rtn_error,

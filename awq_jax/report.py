@@ -6,7 +6,10 @@ import json
 from collections import Counter
 from typing import Any, Literal
 
-__all__ = ["GroupReport", "LayerReport", "LinearReport", "Report"]
+__all__ = ["GroupReport", "LayerReport", "LinearReport", "Method", "Report"]
+
+
+Method = Literal["awq", "gptq", "awq+gptq", "rtn", "float"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -15,14 +18,15 @@ class LinearReport:
 
     Attributes:
       path: for example ``layers/0/attn/q``.
-      method: "awq" (a searched scale), "rtn" (round to nearest) or "float" (not quantized).
-      reason: why it is not "awq"; empty if it is.
+      method: what was written: "awq" (a searched scale), "gptq" (codes chosen by error feedback), "awq+gptq" (both),
+        "rtn" (round to nearest) or "float" (not quantized).
+      reason: why it is less than the recipe asked for; empty if it is not.
       bits: width of the codes, 16 or 32 for float.
       group_size: rows per scale, 0 for float.
     """
 
     path: str
-    method: Literal["awq", "rtn", "float"]
+    method: Method
     reason: str = ""
     bits: int = 4
     group_size: int = 128
@@ -40,6 +44,8 @@ class GroupReport:
       loss: objective of the winner; None if not finite.
       rtn_loss: objective of identity.
       losses: objective of every candidate, in the order of ``SearchSpec.candidates``; null where not finite.
+      written_loss: the linears' own output error after clipping and rounding, comparable with ``loss`` under the Gram
+        objective; None if not finite.
     """
 
     sinks: tuple[str, ...]
@@ -49,6 +55,7 @@ class GroupReport:
     loss: float | None
     rtn_loss: float | None
     losses: tuple[float | None, ...]
+    written_loss: float | None = None
 
     @property
     def gain(self) -> float | None:
@@ -112,7 +119,7 @@ class Report:
 
     @property
     def coverage(self) -> Counter[str]:
-        """How many weights got "awq", "rtn" and "float"."""
+        """How many weights got each method."""
         listed = [linear for layer in self.layers for linear in layer.linears] + list(self.outside)
         return Counter(linear.method for linear in listed)
 

@@ -55,6 +55,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="(%(default)s; autoawq is float16)",
     )
     add(
+        "--method",
+        choices=("minmax", "awq", "gptq", "awq+gptq"),
+        default="awq",
+        help="minmax: round to nearest; awq: searched scales and thresholds; gptq: rounding with error feedback; "
+        "awq+gptq: both (%(default)s)",
+    )
+    add(
         "--rules",
         default="paper,duo",
         metavar="R,…",
@@ -118,6 +125,7 @@ def _recipe(args: argparse.Namespace) -> "Recipe":
     clip = () if args.no_clip else SearchSpec().clip_ratios
     return Recipe(
         quant=quant,
+        method=args.method,
         search=SearchSpec(rules=rules, objective=args.objective, clip_ratios=clip),
         overrides=tuple(_override(text, quant) for text in args.override),
     )

@@ -94,11 +94,25 @@ def test_native_and_autoawq_hold_the_same_weights(llama: Oracle, tmp_path: Path)
         np.testing.assert_array_equal(ours, others)
 
 
-def test_a_run_can_be_repeated_bit_for_bit(llama: Oracle, tmp_path: Path):
+@pytest.mark.parametrize("method", ["awq", "awq+gptq"])
+def test_a_run_can_be_repeated_bit_for_bit(llama: Oracle, tmp_path: Path, method: str):
     for name in "ab":
-        run(llama.path, tmp_path / name)
+        run(llama.path, tmp_path / name, Recipe(quant=SPEC, method=method))
     one, two = ((tmp_path / name / "model.safetensors").read_bytes() for name in "ab")
     assert one == two
+
+
+@pytest.mark.parametrize(("method", "written"), [("minmax", {"rtn"}), ("gptq", {"gptq", "rtn"})])
+def test_a_method_is_what_the_report_says(llama: Oracle, tmp_path: Path, method: str, written: set[str]):
+    report = run(llama.path, tmp_path / "out", Recipe(quant=SPEC, method=method))
+    assert {linear.method for layer in report.layers for linear in layer.linears} == written & set(report.coverage)
+    assert report.coverage["rtn" if method == "minmax" else "gptq"] >= 14
+    dense, out = HFCheckpoint.open(llama.path).layer(0), HFCheckpoint.open(tmp_path / "out").layer(0)
+    np.testing.assert_array_equal(out["input_norm"]["scale"], dense["input_norm"]["scale"])  # no scale was folded
+    for group in (group for layer in report.layers for group in layer.groups):
+        assert group.rule == "identity" and group.written_loss is not None and group.loss is not None
+        assert group.written_loss <= group.loss * (1 + 1e-4)
+        assert method == "gptq" or group.written_loss >= group.loss * (1 - 1e-4)
 
 
 def test_shards_are_one_model(tmp_path: Path):
