@@ -44,16 +44,17 @@ class Oracle:
 
 def make_oracle(row: Tiny) -> Any:
     """The PyTorch model with every parameter random: a gain of ones or a bias of zeros would hide a mistake."""
-    config = transformers.AutoConfig.for_model(row.family, **row.arguments)
+    config = transformers.AutoConfig.for_model(row.model_type or row.family, **row.arguments)
     model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
     numbers = torch.Generator().manual_seed(zlib.crc32(row.id.encode()))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             noise = torch.randn(parameter.shape, generator=numbers)
-            if parameter.ndim == 2:
-                parameter.copy_(noise * parameter.shape[1] ** -0.5)
+            if parameter.ndim >= 2:
+                parameter.copy_(noise * parameter.shape[-1] ** -0.5)
             else:
-                parameter.copy_(0.3 * noise + (1.0 if "norm" in name else 0.0))
+                gain = name.endswith("weight") and not row.family.startswith("gemma")  # theirs is kept less one
+                parameter.copy_(0.3 * noise + (1.0 if gain else 0.0))
     return model
 
 

@@ -9,14 +9,43 @@ from awq_jax.families._table import Group as Group
 from awq_jax.families._table import Key as Key
 from awq_jax.families._table import Linear as Linear
 from awq_jax.families._table import Norm as Norm
+from awq_jax.families.bloom import BLOOM
+from awq_jax.families.falcon import FALCON, FALCON_NEW
+from awq_jax.families.gemma import GEMMA
+from awq_jax.families.gemma2 import GEMMA2
+from awq_jax.families.gemma3 import GEMMA3
+from awq_jax.families.gpt2 import GPT2
+from awq_jax.families.gpt_neox import GPT_NEOX
 from awq_jax.families.llama import LLAMA
 from awq_jax.families.mistral import MISTRAL
+from awq_jax.families.olmo2 import OLMO2
+from awq_jax.families.opt import OPT
+from awq_jax.families.phi3 import PHI3
 from awq_jax.families.qwen2 import QWEN2
 from awq_jax.families.qwen3 import QWEN3
+from awq_jax.families.stablelm import STABLELM
 
 __all__ = ["FAMILIES", "Family", "Group", "Key", "Linear", "Norm", "by_architecture"]
 
-FAMILIES: dict[str, Family] = {family.name: family for family in (LLAMA, MISTRAL, QWEN2, QWEN3)}
+_TABLES = (
+    LLAMA,
+    MISTRAL,
+    QWEN2,
+    QWEN3,
+    GEMMA,
+    GEMMA2,
+    GEMMA3,
+    PHI3,
+    OLMO2,
+    STABLELM,
+    GPT_NEOX,
+    GPT2,
+    OPT,
+    FALCON,
+    FALCON_NEW,
+    BLOOM,
+)
+FAMILIES: dict[str, Family] = {family.name: family for family in _TABLES}
 
 
 def by_architecture(architecture: str, hf: Mapping[str, Any] | None = None) -> Family:

@@ -65,6 +65,8 @@ def config_from_hf(family: Family, hf: Mapping[str, Any]) -> DecoderConfig:
             fields[ours] = _activation(family, theirs, fields[ours])
         else:
             _refuse_type(theirs, fields.get(ours), ours)
+            if ours in fields and float in (_TYPES[ours], *typing.get_args(_TYPES[ours])):
+                fields[ours] = float(fields[ours])  # JSON has no difference between 20 and 20.0
     fields.setdefault("num_kv_heads", fields["num_heads"])
     fields.setdefault("head_dim", _head_dim(fields))
     layers = _sliding_layers(family, hf, fields)
@@ -136,8 +138,10 @@ def _rope(family: Family, hf: Mapping[str, Any]) -> dict[str, Any]:
     if "rotary_fraction" in ours and isinstance(given, Mapping) and given.get("partial_rotary_factor") is not None:
         fields["rotary_fraction"] = given["partial_rotary_factor"]
         _refuse_type("partial_rotary_factor", fields["rotary_fraction"], "rotary_fraction")
+        fields["rotary_fraction"] = float(fields["rotary_fraction"])
         hf = {**hf, "rope_parameters": {k: v for k, v in given.items() if k != "partial_rotary_factor"}}
-    theta, scaling = rope_from_hf(hf)
+    base = next((hf.get(theirs) for theirs, ours in family.config if ours == "rope_theta"), None)
+    theta, scaling = rope_from_hf({"rope_theta": base, **hf} if base is not None else hf)
     return {**fields, "rope_theta": theta, "rope_scaling": scaling}
 
 

@@ -132,7 +132,8 @@ class HFCheckpoint(Checkpoint):
 
     def _refuse_differences(self) -> None:
         """Optional tensors, such as biases, are there exactly where the config says so."""
-        one = param_shapes(dataclasses.replace(self.config, num_layers=1))  # layers are alike: one tells of all
+        # Layers hold the same parameters: one tells of all.
+        one = param_shapes(dataclasses.replace(self.config.of_layer(0), num_layers=1))
         spread = lambda path: [path.replace("layers/0/", f"layers/{i}/", 1) for i in range(self.num_layers)]
         wanted = {each for path in one for each in (spread(path) if path.startswith("layers/") else [path])}
         said = [f"{theirs(self.family, path)[0]!r} is missing" for path in sorted(wanted - set(self.paths()))]

@@ -11,7 +11,7 @@ from awq_jax.families import FAMILIES
 from awq_jax.models import config_from_hf
 from awq_jax.models.rope_scaling import RopeScaling
 from awq_jax_convert.hf_config import read_config
-from tests.models.families import LLAMA3, TINY
+from tests.models.families import LLAMA3, PLAIN, SHARED, SIZES, TINY
 
 SMALL = {
     "vocab_size": 97,
@@ -40,20 +40,29 @@ def test_what_is_read_arrives():
 @pytest.mark.parametrize("family", FAMILIES)
 def test_what_a_config_leaves_out_has_transformers_default(family):
     """The hub's files leave out what equals the default of the class that reads them."""
-    spare = {**SMALL, "head_dim": 8}
-    whole = transformers.AutoConfig.for_model(family, **spare).to_dict()
+    row = next(row for row in TINY if row.family == family)
+    sizes = {**SMALL, "head_dim": 8} if row.sizes is SIZES else row.sizes
+    spare = {**sizes, **{name: value for name, value in row.hf.items() if name in dict(FAMILIES[family].when)}}
+    spare.pop("tie_word_embeddings", None)
+    whole = transformers.AutoConfig.for_model(row.model_type or family, **spare).to_dict()
     short, full = (config_from_hf(FAMILIES[family], hf) for hf in (spare, whole))
     same = lambda config: {**vars(config), "max_position_embeddings": None}  # has no effect on the forward pass
     assert same(short) == same(full)
 
 
-@pytest.mark.parametrize("row", TINY, ids=lambda row: row.id)
+@pytest.mark.parametrize("row", [row for row in TINY if row.sizes in (SIZES, PLAIN, SHARED)], ids=lambda row: row.id)
 def test_old_files_say_the_same_in_other_words(row):
     """Before transformers 5: ``rope_theta`` and ``rope_scaling`` beside each other, ``torch_dtype``."""
     new = transformers.AutoConfig.for_model(row.family, **row.arguments).to_dict()
-    rope = dict(new["rope_parameters"])
     old = {key: value for key, value in new.items() if key not in ("rope_parameters", "dtype")}
+    rope = dict(new["rope_parameters"])
+    if "full_attention" in rope:
+        old["rope_local_base_freq"] = rope["sliding_attention"]["rope_theta"]
+        rope = dict(rope["full_attention"])
     old |= {"rope_theta": rope.pop("rope_theta"), "torch_dtype": "bfloat16"}
+    if "partial_rotary_factor" in rope:
+        name = "rotary_pct" if row.family == "gpt_neox" else "partial_rotary_factor"
+        old[name] = rope.pop("partial_rotary_factor")
     old["rope_scaling"] = None if rope["rope_type"] == "default" else {**rope, "type": rope["rope_type"]}
     assert config_from_hf(FAMILIES[row.family], old) == config_from_hf(FAMILIES[row.family], new)
 

@@ -44,8 +44,8 @@ def test_the_architecture_finds_its_family(oracle, checkpoint):
 
 
 def test_an_unknown_architecture_is_refused():
-    with pytest.raises(ValueError, match=r"'GPT2LMHeadModel' is not supported; these are: LlamaForCausalLM, .*table"):
-        by_architecture("GPT2LMHeadModel")
+    with pytest.raises(ValueError, match=r"'MambaForCausalLM' is not supported; these are: LlamaForCausalLM, .*table"):
+        by_architecture("MambaForCausalLM")
 
 
 def test_paths_of_the_groups_exist(checkpoint):

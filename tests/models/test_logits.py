@@ -63,6 +63,17 @@ MECHANISMS = {
     "rope_theta": ("qwen2-untied", 10000.0),
     "sliding_window": ("mistral-window", 6),
     "norm_eps": ("qwen3-wide-heads", 1e-2),
+    "norm_offset": ("gemma-shared-heads", 0.0),
+    "scale_embedding": ("gemma-shared-heads", False),
+    "activation": ("gemma-shared-heads", "silu"),
+    "attn_softcap": ("gemma2-caps-window", None),
+    "logit_softcap": ("gemma2-caps-window", None),
+    "query_scalar": ("gemma2-caps-window", None),
+    "sliding_layers": ("gemma2-caps-window", (False, True)),
+    "local_rope_theta": ("gemma3_text-two-rotations", None),
+    "rotary_fraction": ("phi3-half-rotation-window", 1.0),
+    "parallel": ("gpt_neox-side-by-side", False),
+    "positions": ("bloom-four-heads", "rotary"),
 }
 
 
