@@ -147,7 +147,7 @@ def test_buffers_of_old_checkpoints_are_known_and_unused(directory):
         ({"num_hidden_layers": 3}, "9 tensors that family 'llama' needs are missing: 'model.layers.2."),
         ({"num_hidden_layers": 1}, "9 checkpoint tensors match no key of family 'llama' with 1 layers"),
         ({"num_hidden_layers": 4000}, "the config claims 4000 layers, the checkpoint has 21 tensors"),
-        ({"architectures": ["GPT2LMHeadModel"]}, "architecture 'GPT2LMHeadModel' is not supported; these are: Llama"),
+        ({"architectures": ["MambaForCausalLM"]}, "architecture 'MambaForCausalLM' is not supported; these are: Llama"),
         (
             {"quantization_config": {"quant_method": "gptq", "bits": 4}},
             "quantized with 'gptq', which is not read; read are",
