@@ -30,7 +30,7 @@ from awq_jax.resume import Session, fingerprint, resuming
 from awq_jax.stdlib_text import documentation
 from awq_jax_convert.formats import open_writer, refuse_misfit
 from awq_jax_convert.hf import HFCheckpoint
-from awq_jax_convert.sink import ModelWriter
+from awq_jax_convert.sink import ModelWriter, refuse_overlap
 from awq_jax_convert.tokenizer import Tokenizer
 
 __all__ = ["plans_of", "quantize_checkpoint", "read_samples"]
@@ -95,13 +95,6 @@ def plans_of(checkpoint: HFCheckpoint, recipe: Recipe) -> tuple[LayerPlan, ...]:
     sinks = {path.removeprefix("layers/*/") for group in checkpoint.family.groups for path in group.sinks}
     widths = {path: checkpoint.shape(f"layers/0/{path}/kernel")[0] for path in sinks}
     return plan_layers(checkpoint.family, recipe, config.num_layers, widths, tie)
-
-
-def _refuse_overlap(src: pathlib.Path, out: pathlib.Path) -> None:
-    """Replacing the output must not take the source away."""
-    source = src.resolve()
-    if out.resolve() in (source, *source.parents):
-        raise ValueError(f"the output {out} is or holds the source {src}, which is never changed; choose another name.")
 
 
 def _refuse_long(calib: Samples, positions: int) -> None:
@@ -198,7 +191,7 @@ def quantize_checkpoint(
       samples: calibration samples at most.
       seq_len: tokens of a sample at most.
       batch: samples that go through a layer together.
-      format: "autoawq" (what vLLM and transformers load) or "native".
+      format: "autoawq" or "compressed-tensors" (what vLLM and transformers load), or "native".
       overwrite: replace an existing output.
       resume: "auto" goes on from an unfinished run of the same inputs if there is one, "required" refuses to start
         anew, "never" discards what is there and keeps nothing.
@@ -216,7 +209,7 @@ def quantize_checkpoint(
             raise ValueError(f"{name} is {value}; it must be at least 1 (--{name.replace('_', '-')}).")
     with clock.phase("open"):
         checkpoint = HFCheckpoint.open(pathlib.Path(src))
-        _refuse_overlap(checkpoint.path, pathlib.Path(out))
+        refuse_overlap(checkpoint.path, pathlib.Path(out))
         _refuse_quantized(checkpoint)
         plans = plans_of(checkpoint, recipe)
         specs = {spec for plan in plans for group in plan.groups for _, spec, _ in group.quantized}
@@ -238,6 +231,7 @@ def quantize_checkpoint(
         checkpoint,
         out,
         group_size=next(iter(specs), recipe.quant).group_size,
+        symmetric=bool(specs) and all(spec.symmetric for spec in specs),
         recipe=plain,
         overwrite=overwrite,
         expected_bytes=expected,
@@ -297,6 +291,8 @@ def _layers(
         if kept
         else jax.jit(embed, static_argnums=0)(config, jax.tree.map(jnp.asarray, stem), tokens)
     )
+    # The two streams part at the first quantized layer.
+    stream = (jnp.asarray(kept["stream"]) if kept else jnp.copy(hidden)) if plans[0].propagate else None
     del stem, kept
     measured = max(1, round(_MEASURED / tokens[0].size))
     counted = int(batches[1].sum())
@@ -305,17 +301,19 @@ def _layers(
         plan = plans[index]
         with clock.phase("quantize"):
             params = jax.tree.map(jnp.asarray, params)
+            at = config.of_layer(index)
             outcome = quantize_and_measure(
-                params, hidden, mask, config=config.of_layer(index), plan=plan, measured=measured, tokens=counted
+                params, hidden, mask, stream, config=at, plan=plan, measured=measured, tokens=counted
             )
-            hidden = outcome.hidden
-            outcome = jax.device_get(dataclasses.replace(outcome, hidden=None))
+            hidden, stream = outcome.hidden, outcome.stream
+            outcome = jax.device_get(dataclasses.replace(outcome, hidden=None, stream=None))
         _refuse_unusable(index, outcome.layer.params, outcome)
         with clock.phase("read and write"):
             writer.write_layer(index, outcome.layer.params)
         report = layer_report(index, plan, outcome)
         with clock.phase("keep for resuming"):
-            session.commit(report, outcome.layer.params, {"hidden": hidden})
+            streams = {"hidden": hidden} | ({} if stream is None else {"stream": stream})
+            session.commit(report, outcome.layer.params, streams)
         if progress:
             progress(report, len(plans))
         yield report

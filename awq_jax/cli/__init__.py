@@ -11,13 +11,14 @@ from awq_jax._version import __version__
 
 __all__ = ["main"]
 
-COMMANDS = ("quantize", "eval", "generate", "inspect", "demo")
+COMMANDS = ("quantize", "convert", "eval", "generate", "inspect", "demo")
 
 DESCRIPTION = """\
 Quantize language models to INT4 in JAX, and run them.
 
   awq-jax demo                                      see it work on the shipped model, two minutes
   awq-jax quantize SRC OUT --calib text.txt         a Hugging Face directory in, an INT4 one out
+  awq-jax convert SRC OUT --to compressed-tensors   another format, same codes
   awq-jax eval OUT --text held_out.txt --base SRC   perplexity, and KL divergence from the original
   awq-jax generate OUT --prompt "Once upon a time"
   awq-jax inspect OUT                               what is in a checkpoint, layer by layer

@@ -12,6 +12,7 @@ from awq_jax._tree import leaves
 from awq_jax_convert.codec import WritableCodec
 from awq_jax_convert.fused import Whole, wholes
 from awq_jax_convert.hf_config import CONFIG
+from awq_jax_convert.keymap import theirs
 from awq_jax_convert.scheme import Scheme
 from awq_jax_convert.sink import ModelWriter
 from awq_jax_convert.source import Checkpoint
@@ -58,7 +59,9 @@ class HFWriter(ModelWriter):
         if self._codec is None:
             return raw
         quantized = {name: scheme for name, scheme in self._linears.items() if scheme is not None}
-        dense = [name for name, scheme in self._linears.items() if scheme is None]
+        # A head that is the embedding is no tensor of its own, but loaders see a linear.
+        head = theirs(self.source.family, "lm_head/kernel")[0].rpartition(".")[0]
+        dense = {head, *(name for name, scheme in self._linears.items() if scheme is None)}
         return {**raw, "quantization_config": self._codec.skipping(dense, quantized).to_config()}
 
     def write_stem(self, stem: Mapping[str, Any]) -> None:

@@ -4,6 +4,7 @@
 import abc
 import contextlib
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,7 @@ from awq_jax._files import resolve_inside
 from awq_jax_convert.hf_config import CONFIG
 from awq_jax_convert.source import Checkpoint
 
-__all__ = ["BESIDE", "ModelWriter", "narrowed"]
+__all__ = ["BESIDE", "ModelWriter", "narrowed", "refuse_overlap"]
 
 # What a tokenizer, a chat template and generation need; copied as they are. No Python file ever is.
 BESIDE = (
@@ -102,7 +103,26 @@ class ModelWriter(abc.ABC):
         """Copy the source's tokenizer and generation settings, byte for byte: tokenizer.model is not text."""
         for name in BESIDE:
             if (self.source.path / name).is_file():
-                self.write_bytes(name, resolve_inside(self.source.path, name).read_bytes())
+                self.copy_file(name)
+
+    def copy_file(self, name: str) -> None:
+        """Copy a small file of the source, byte for byte.
+
+        Raises:
+          ValueError: it lies outside the source's directory.
+        """
+        self.write_bytes(name, resolve_inside(self.source.path, name).read_bytes())
+
+
+def refuse_overlap(src: Path, out: Path) -> None:
+    """Refuse an output whose replacing would take the source away.
+
+    Raises:
+      ValueError: ``out`` is or holds ``src``.
+    """
+    source = src.resolve()
+    if out.resolve() in (source, *source.parents):
+        raise ValueError(f"the output {out} is or holds the source {src}, which is never changed; choose another name.")
 
 
 def narrowed(path: str, array: Any, dtype: np.dtype) -> np.ndarray:
