@@ -11,6 +11,7 @@ import contextlib
 import dataclasses
 import json
 import os
+import re
 import shutil
 import warnings
 from collections.abc import Iterator, Mapping
@@ -138,8 +139,8 @@ class Session:
             return  # killed before its first layer was finished
         with self._named():
             digests = json.loads((store / _CURRENT).read_bytes())
-            if not isinstance(digests, list) or not digests:
-                raise ValueError(f"{store / _CURRENT} names nothing.")
+            if not isinstance(digests, list) or not digests or not all(map(_is_digest, digests)):
+                raise ValueError(f"{store / _CURRENT} does not hold digests.")
         problems: list[str] = []
         for digest in digests:
             try:
@@ -166,12 +167,10 @@ class Session:
     def _refuse_other(self, kept: Mapping[str, str], layers: int) -> None:
         other = [name for name, value in self._inputs.items() if kept.get(name) != value]
         if other:
-            differ = "; ".join(
-                f"{name} were {_short(kept.get(name))}, are {_short(self._inputs[name])}" for name in other
-            )
+            rows = "; ".join(f"{name} {_short(kept.get(name))}, now {_short(self._inputs[name])}" for name in other)
             raise ValueError(
-                f"{self._store} keeps {layers} layers of another run: other {' and '.join(other)} ({differ}). Run with "
-                "what it was begun with, choose another output, or start anew with --resume never, which discards them."
+                f"{self._store} keeps {layers} layers of a run with other {' and '.join(other)} ({rows}). Run it as it "
+                "was begun, choose another output, or start anew with --resume never, which discards them."
             )
 
     @contextlib.contextmanager
@@ -194,13 +193,17 @@ class Session:
         self._objects.keep_only(needed)
 
 
+def _is_digest(value: Any) -> bool:
+    return isinstance(value, str) and re.fullmatch("[0-9a-f]{64}", value) is not None
+
+
 def _short(value: str | None) -> str:
     """A digest by its beginning; words as they are.
 
     >>> _short("ab" * 32), _short("cpu")
     ('abababababab…', 'cpu')
     """
-    return f"{value[:12]}…" if value is not None and len(value) == 64 and " " not in value else str(value)
+    return f"{value[:12]}…" if value is not None and _is_digest(value) else str(value)
 
 
 def _discard(store: Path) -> None:
