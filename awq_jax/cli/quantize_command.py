@@ -51,8 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--scale-dtype",
         choices=("float16", "bfloat16", "float32"),
-        default="float16",
-        help="(%(default)s; autoawq is float16)",
+        help="(float16; for compressed-tensors the model's own, in which loaders keep scales; autoawq is float16)",
     )
     add(
         "--method",
@@ -83,7 +82,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="GLOB=WHAT",
         help="'layers/0/*=float' leaves weights alone, '*/mlp/down=bits:3' or '=group:64' changes them; the first wins",
     )
-    add("--format", choices=("auto", "autoawq", "native"), default="auto", help="auto: autoawq for 4 bits, else native")
+    add(
+        "--format",
+        choices=("auto", "autoawq", "compressed-tensors", "native"),
+        default="auto",
+        help="auto: autoawq for 4 bits, else native",
+    )
     add("--overwrite", action="store_true", help="replace OUT if it exists")
     add(
         "--resume",
@@ -115,11 +119,20 @@ def _override(text: str, base: "QuantSpec") -> "tuple[str, QuantSpec | None]":
     return glob, dataclasses.replace(base, **changes)
 
 
-def _recipe(args: argparse.Namespace) -> "Recipe":
+def _scale_dtype(args: argparse.Namespace, fmt: str) -> str:
+    """Loaders of compressed-tensors keep scales in the model's dtype: codes are rounded against that."""
+    from awq_jax_convert.hf_config import read_config
+
+    if args.scale_dtype or fmt != "compressed-tensors":
+        return args.scale_dtype or "float16"
+    return read_config(args.src).dtype
+
+
+def _recipe(args: argparse.Namespace, fmt: str) -> "Recipe":
     from awq_jax._spec import QuantSpec, Recipe, SearchSpec, rule
 
     quant = QuantSpec(
-        bits=args.bits, group_size=args.group_size, symmetric=args.symmetric, scale_dtype=args.scale_dtype
+        bits=args.bits, group_size=args.group_size, symmetric=args.symmetric, scale_dtype=_scale_dtype(args, fmt)
     )
     rules = tuple(rule(name.strip(), n_grid=args.grid) for name in args.rules.split(","))
     clip = () if args.no_clip else SearchSpec().clip_ratios
@@ -189,8 +202,8 @@ def _kept(store: pathlib.Path) -> Iterator[None]:
 
 def run(args: argparse.Namespace) -> int:
     """Quantize."""
-    recipe = _recipe(args)
     fmt = args.format if args.format != "auto" else ("autoawq" if args.bits == 4 else "native")
+    recipe = _recipe(args, fmt)
 
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn

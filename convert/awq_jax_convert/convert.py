@@ -135,8 +135,7 @@ def _recipe(checkpoint: Checkpoint, to: str, dtype: np.dtype | None) -> dict[str
 
 def _warnings(checkpoint: Checkpoint, to: str, dtype: np.dtype | None, scales: set[str]) -> tuple[str, ...]:
     """compressed-tensors' loaders keep scales in the model's dtype, whatever the file has."""
-    raw = checkpoint.hf.raw
-    model = str(dtype or raw.get("dtype") or raw.get("torch_dtype") or "float32")
+    model = str(dtype or checkpoint.hf.dtype)
     lost = sorted(scale for scale in scales if scale != model and (model, scale) != ("float32", "float16"))
     if to != "compressed-tensors" or not lost or (model, lost) == ("float32", ["bfloat16"]):
         return ()

@@ -31,6 +31,12 @@ class HFConfig:
     decoder: DecoderConfig
 
     @property
+    def dtype(self) -> str:
+        """What loaders load parameters as, by name; float32 where config.json does not say it."""
+        found = self.raw.get("dtype") or self.raw.get("torch_dtype")
+        return found.removeprefix("torch.") if isinstance(found, str) else "float32"
+
+    @property
     def stop_tokens(self) -> tuple[int, ...]:
         """Ids that end a text, from ``eos_token_id``.
 
