@@ -11,7 +11,7 @@ from awq_jax._version import __version__
 
 __all__ = ["main"]
 
-COMMANDS = ("quantize", "convert", "eval", "generate", "inspect", "demo")
+COMMANDS = ("quantize", "convert", "eval", "generate", "inspect", "serve", "chat", "export", "demo")
 
 DESCRIPTION = """\
 Quantize language models to INT4 in JAX, and run them.
@@ -21,6 +21,8 @@ Quantize language models to INT4 in JAX, and run them.
   awq-jax convert SRC OUT --to compressed-tensors   another format, same codes
   awq-jax eval OUT --text held_out.txt --base SRC   perplexity, and KL divergence from the original
   awq-jax generate OUT --prompt "Once upon a time"
+  awq-jax chat OUT                                  talk to it; `awq-jax serve OUT` does so over HTTP
+  awq-jax export OUT DIR --platform tpu             prefill and decode as artefacts for elsewhere
   awq-jax inspect OUT                               what is in a checkpoint, layer by layer
 """
 

@@ -1,0 +1,54 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Talk to a checkpoint in the terminal.
+
+With a chat template the conversation is kept; a model without one continues each line. An empty line or the end of
+input leaves.
+
+  awq-jax chat OUT
+"""
+
+import argparse
+import pathlib
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options."""
+    add = parser.add_argument
+    add("dir", type=pathlib.Path, metavar="DIR", help="dense or quantized checkpoint")
+    add("--system", metavar="TEXT", help="what the model is told first")
+    add("--max-new-tokens", type=int, default=256, metavar="N", help="of an answer (%(default)s)")
+    add("--max-len", type=int, metavar="N", help="positions of the conversation (the model's, at most 4096)")
+    add("--temperature", type=float, default=0.0, metavar="T", help="0 is greedy (%(default)s)")
+    add("--top-k", type=int, metavar="K", help="sample from the K likeliest tokens")
+    add("--top-p", type=float, metavar="P", help="sample from the smallest set of probability P")
+    add("--seed", type=int, default=0, metavar="S", help="of sampling (%(default)s)")
+    add("--dense", action="store_true", help="dequantize weights once, when loading; faster on a CPU")
+    add("--chat-template", type=pathlib.Path, metavar="FILE", help="instead of the checkpoint's")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Read lines, print answers."""
+    from awq_jax.serving.chat import Chat
+
+    chat = Chat(
+        args.dir,
+        system=args.system,
+        chat_template=args.chat_template,
+        max_len=args.max_len,
+        dense=args.dense,
+        max_new_tokens=args.max_new_tokens,
+        temperature=args.temperature,
+        top_k=args.top_k,
+        top_p=args.top_p,
+        seed=args.seed,
+    )
+    while True:
+        try:
+            line = input("> ")
+        except EOFError:
+            return 0
+        if not line.strip():
+            return 0
+        for piece in chat.say(line):
+            print(piece, end="", flush=True)
+        print()

@@ -1,0 +1,102 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Models and steps without weights: what a compiler needs to know of them."""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from awq_jax._qtensor import QTensor
+from awq_jax._tree import put
+from awq_jax.models import DecoderConfig, param_shapes
+from awq_jax.serving.fuse import fuse
+from awq_jax.serving.steps import advance, decode, empty_slots
+from awq_jax_kernels.chips import TPUS
+
+__all__ = ["LLAMA_8B", "abstract_params", "decode_program", "traced_for"]
+
+LLAMA_8B = DecoderConfig(
+    vocab_size=128256,
+    hidden_size=4096,
+    intermediate_size=14336,
+    num_layers=32,
+    num_heads=32,
+    num_kv_heads=8,
+    head_dim=128,
+    max_position_embeddings=8192,
+    norm_eps=1e-5,
+    rope_theta=500000.0,
+)
+"""The shapes of Llama 3 8B."""
+
+
+def abstract_params(
+    config: DecoderConfig, *, dtype: Any = jnp.bfloat16, group_size: int = 128, int4_head: bool = False
+) -> dict[str, Any]:
+    """Shapes of a quantized model's parameters, fused; the linears of the layers are INT4 with zero points.
+
+    Args:
+      config: of the model.
+      dtype: of dense parameters and of scales.
+      group_size: of the quantized weights.
+      int4_head: the output head is INT4 too.
+    """
+    of = lambda shape, kind: jax.ShapeDtypeStruct(shape, jnp.dtype(kind))
+    tree: dict[str, Any] = {}
+    shapes = param_shapes(config)
+    if int4_head:
+        shapes["lm_head/kernel"] = (config.hidden_size, config.vocab_size)
+    for path, shape in shapes.items():
+        node = tree
+        *parents, name = path.split("/")
+        for key in parents:
+            node = node.setdefault(key, {})
+        node[name] = of(shape, jnp.float32 if parents[-1].endswith("norm") else dtype)
+        if name == "kernel" and (path.startswith("layers/") or int4_head):
+            k, n = shape
+            scale, zero = of((k // group_size, n), dtype), of((k // group_size, n), "int8")
+            node[name] = QTensor(packed=of((k // 2, n), "int8"), scale=scale, zero=zero)
+    fused = dict(jax.eval_shape(fuse, tree))
+    return put(fused, "layers", {str(i): fused["layers"][str(i)] for i in range(config.num_layers)})
+
+
+def traced_for(generation: str, function: Any) -> Any:
+    """The function, traced as for a TPU that is not here, so that kernels take its tuned block sizes.
+
+    Args:
+      generation: a key of `awq_jax_kernels.chips.TPUS`.
+      function: any.
+    """
+    tpu = TPUS[generation]
+    device = jax.sharding.AbstractDevice(device_kind=tpu.device_kind, num_cores=tpu.cores, platform="tpu")
+    mesh = jax.sharding.AbstractMesh((), (), abstract_device=device)
+
+    @functools.wraps(function)
+    def traced(*args: Any, **kwargs: Any) -> Any:
+        with jax.sharding.use_abstract_mesh(mesh):
+            return function(*args, **kwargs)
+
+    return traced
+
+
+def decode_program(
+    generation: str, layers: int, batch: int, context: int, *, int4_head: bool, int8_cache: bool, steps: int = 0
+) -> tuple[Any, Any]:
+    """Decode of an 8B Llama cut to some layers, and the shapes of its arguments.
+
+    Args:
+      generation: a key of `TPUS`.
+      layers: how many.
+      batch: sequences.
+      context: positions of the cache, all of which are read.
+      int4_head, int8_cache: options of serving.
+      steps: of the loop; 0 is one step without a loop, which is what a cost can be read from.
+    """
+    config = dataclasses.replace(LLAMA_8B, num_layers=layers)
+    params = abstract_params(config, int4_head=int4_head)
+    dtype = jnp.int8 if int8_cache else jnp.bfloat16
+    slots = jax.eval_shape(functools.partial(empty_slots, config, batch, context, dtype=dtype))
+    step = functools.partial(decode, config, steps=steps) if steps else functools.partial(advance, config)
+    return jax.jit(traced_for(generation, step), donate_argnums=1), (params, slots)

@@ -1,0 +1,132 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The decoder that serving runs: that of `awq_jax.models`, with fused products, cut over a mesh axis where asked."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from awq_jax._qtensor import matmul
+from awq_jax.models import Decoder, DecoderConfig, KVCache
+from awq_jax.models.linear import Linear
+from awq_jax.models.params import merge
+from awq_jax.serving.cache import SlotCache
+from awq_jax.serving.fuse import FUSED
+
+__all__ = ["last_logits", "serving_decoder"]
+
+
+class _RowParallel(Linear):
+    """A linear whose k is cut over a mesh axis: products of the shares are added up, then the bias."""
+
+    axis: str
+
+    def __call__(self, x: Array) -> Array:
+        y = jax.lax.psum(matmul(x, self.kernel.get_value()), self.axis)
+        return y if self.bias is None else y + self.bias.get_value().astype(x.dtype)
+
+
+def serving_decoder(config: DecoderConfig, params: Mapping[str, Any], axis: str | None = None) -> Decoder:
+    """The decoder over parameters as `fuse` leaves them; to be made and used within one trace.
+
+    Args:
+      config: of the model; under ``axis`` that of one share (`awq_jax.serving.sharding.local_config`).
+      params: nested dict, fused or not.
+      axis: mesh axis over which heads and the MLP's width are cut, inside `jax.shard_map`.
+
+    Raises:
+      ValueError: parameters and config disagree.
+    """
+    fused = [
+        [(module, name, parts) for module, name, parts in FUSED if name in params["layers"][str(index)][module]]
+        for index in range(config.num_layers)
+    ]
+    widths: dict[tuple[int, str], list[int]] = {}
+
+    def build() -> Decoder:
+        model = Decoder(config, rngs=nnx.Rngs(0))
+        if "lm_head" in params:  # its own, a quantized copy of a tied embedding, or one share of it
+            columns = params["lm_head"]["kernel"].shape[-1]
+            model.lm_head = _linear(config.hidden_size, columns, bias=False)
+        for index, layer in enumerate(model.layers):
+            for module, name, parts in fused[index]:
+                owner: Any = getattr(layer, module)
+                linears = [getattr(owner, part) for part in parts]
+                widths[index, name] = [linear.kernel.get_value().shape[1] for linear in linears]
+                for part in parts:
+                    delattr(owner, part)
+                k = linears[0].kernel.get_value().shape[0]
+                setattr(owner, name, _linear(k, sum(widths[index, name]), bias=linears[0].bias is not None))
+            if axis is not None:
+                _add_up(layer.attn.o, axis)
+                _add_up(layer.mlp.down, axis)
+        return model
+
+    model = merge(build, params)
+    for index, layer in enumerate(model.layers):
+        for module, name, parts in fused[index]:
+            owner = getattr(layer, module)
+            for part, columns in zip(parts, _columns(getattr(owner, name), widths[index, name]), strict=True):
+                setattr(owner, part, columns)
+    return model
+
+
+def _linear(k: int, n: int, *, bias: bool) -> Linear:
+    return Linear(k, n, bias=bias, dtype=jnp.float32, rngs=nnx.Rngs(0))
+
+
+def _add_up(linear: Linear, axis: str) -> None:
+    linear.__class__ = _RowParallel
+    linear.axis = axis  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def _columns(linear: Linear, widths: list[int]) -> list[Callable[[Array], Array]]:
+    """The parts of a fused linear as functions of x; the product is traced once for each x."""
+    held: list[Any] = []
+
+    def part(start: int, stop: int) -> Callable[[Array], Array]:
+        def columns(x: Array) -> Array:
+            if not held or held[0] is not x:
+                held[:] = [x, linear(x)]
+            return held[1][..., start:stop]
+
+        return columns
+
+    ends = [sum(widths[: i + 1]) for i in range(len(widths))]
+    return [part(end - width, end) for end, width in zip(ends, widths, strict=True)]
+
+
+def last_logits(
+    model: Decoder,
+    tokens: Int[Array, "b t"],
+    cache: SlotCache,
+    last: Int[Array, " b"],
+    axis: str | None = None,
+) -> tuple[Float[Array, "b v"], KVCache]:
+    """Logits of one position of each row, and the cache; the head sees no other position.
+
+    Args:
+      model: from `serving_decoder`.
+      tokens: they continue the cache.
+      cache: earlier positions.
+      last: index into the tokens of each row.
+      axis: mesh axis over which the head's columns are cut.
+    """
+    h, cache_after = _stream(model, tokens, cache)
+    logits = model.head(jnp.take_along_axis(h, last[:, None, None], axis=1))[:, 0]
+    if axis is not None and model.lm_head is not None and logits.shape[-1] < model.config.vocab_size:
+        logits = jax.lax.all_gather(logits, axis, axis=1, tiled=True)
+    return logits, cache_after
+
+
+def _stream(model: Decoder, tokens: Array, cache: SlotCache) -> tuple[Array, KVCache]:
+    positions = jnp.arange(tokens.shape[1]) + cache.lengths[:, None]
+    h = model.embed(tokens, positions)
+    written = []
+    for index, layer in enumerate(model.layers):
+        h, held = layer(h, positions, cache=cache.layer(index))
+        written.append(held)
+    return h, cache.after(written, tokens.shape[1])
