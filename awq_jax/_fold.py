@@ -17,12 +17,12 @@ from awq_jax.families._table import Group, Linear, Norm
 __all__ = ["fold_scale", "scale_rows", "unscale_producer"]
 
 
-def scale_rows(linear: Mapping[str, Any], t: Float[Array, " k"]) -> dict[str, Any]:
-    """Multiply the rows of a linear's kernel ``[k, n]`` by t; the bias stays."""
-    return {**linear, "kernel": linear["kernel"] * t[:, None].astype(linear["kernel"].dtype)}
+def scale_rows(linear: Mapping[str, Any], t: Float[Array, "*e k"]) -> dict[str, Any]:
+    """Multiply the rows of a linear's kernel ``[*e, k, n]`` by t; the bias stays."""
+    return {**linear, "kernel": linear["kernel"] * t[..., :, None].astype(linear["kernel"].dtype)}
 
 
-def unscale_producer(module: Mapping[str, Any], producer: Norm | Linear, t: Float[Array, " c"]) -> dict[str, Any]:
+def unscale_producer(module: Mapping[str, Any], producer: Norm | Linear, t: Float[Array, "*e c"]) -> dict[str, Any]:
     """Divide a producer's output channels by t.
 
     A norm's gain becomes ``(offset + gain)/t - offset`` (offset 1 for norms that multiply by ``1 + gain``), a linear's
@@ -33,21 +33,21 @@ def unscale_producer(module: Mapping[str, Any], producer: Norm | Linear, t: Floa
         gain = module["scale"]
         out["scale"] = ((producer.offset + gain) / t.astype(gain.dtype) - producer.offset).astype(gain.dtype)
     else:
-        out["kernel"] = module["kernel"] / t[None, :].astype(module["kernel"].dtype)
+        out["kernel"] = module["kernel"] / t[..., None, :].astype(module["kernel"].dtype)
     if "bias" in module:
         out["bias"] = module["bias"] / t.astype(module["bias"].dtype)
     return out
 
 
 def fold_scale(
-    params: Mapping[str, Any], group: Group, t: Float[Array, " c"], tie: Tie | None = None
+    params: Mapping[str, Any], group: Group, t: Float[Array, "*e c"], tie: Tie | None = None
 ) -> dict[str, Any]:
     """Fold a scale into a group: rows of its sinks times t, channels of its producer over t.
 
     Args:
       params: nested dict holding the paths that the group names.
       group: producer and sinks, with paths relative to ``params``.
-      t: one factor per producer channel, positive.
+      t: one factor per producer channel, positive; of every expert where the group has a scale for each.
       tie: how the producer's channels spread over the sinks' rows, if they are not the same.
 
     Returns:

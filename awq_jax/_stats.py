@@ -10,11 +10,11 @@ from jaxtyping import Array, Bool, Float
 
 from awq_jax._pytree import pytree
 
-__all__ = ["ActStats", "all_reduce", "calibrate", "merge", "observe", "percentile"]
+__all__ = ["BINS", "ActStats", "all_reduce", "bin_of", "calibrate", "merge", "observe", "percentile"]
 
 _OCTAVES = (-24, 16)  # |x| from 2**-24 to 2**16
 _BINS_PER_OCTAVE = 8
-_BINS = (_OCTAVES[1] - _OCTAVES[0]) * _BINS_PER_OCTAVE
+BINS = (_OCTAVES[1] - _OCTAVES[0]) * _BINS_PER_OCTAVE
 
 
 @pytree
@@ -41,10 +41,10 @@ class ActStats:
         return self.abs_sum / jnp.maximum(self.count, 1.0)
 
 
-def _bin(magnitude: Array) -> Array:
+def bin_of(magnitude: Array) -> Array:
     """Bin index of |x|; zeros fall into bin 0."""
     octave = jnp.log2(jnp.maximum(magnitude, 2.0 ** _OCTAVES[0])) - _OCTAVES[0]
-    return jnp.clip((octave * _BINS_PER_OCTAVE).astype(jnp.int32), 0, _BINS - 1)
+    return jnp.clip((octave * _BINS_PER_OCTAVE).astype(jnp.int32), 0, BINS - 1)
 
 
 def _gram(x: Float[Array, "t k"], keep: Bool[Array, " t"], stride: int) -> Float[Array, "k k"]:
@@ -82,7 +82,7 @@ def observe(
     bins = None
     if histogram:
         channel = jnp.broadcast_to(jnp.arange(x.shape[1]), x.shape)
-        bins = jnp.zeros((_BINS, x.shape[1])).at[_bin(magnitude), channel].add(counted[:, None])
+        bins = jnp.zeros((BINS, x.shape[1])).at[bin_of(magnitude), channel].add(counted[:, None])
     return ActStats(
         count=counted.sum(),
         abs_sum=magnitude.sum(0),

@@ -18,11 +18,13 @@ from awq_jax.families.gpt2 import GPT2
 from awq_jax.families.gpt_neox import GPT_NEOX
 from awq_jax.families.llama import LLAMA
 from awq_jax.families.mistral import MISTRAL
+from awq_jax.families.mixtral import MIXTRAL
 from awq_jax.families.olmo2 import OLMO2
 from awq_jax.families.opt import OPT
 from awq_jax.families.phi3 import PHI3
 from awq_jax.families.qwen2 import QWEN2
 from awq_jax.families.qwen3 import QWEN3
+from awq_jax.families.qwen_moe import QWEN2_MOE, QWEN3_MOE
 from awq_jax.families.stablelm import STABLELM
 
 __all__ = ["FAMILIES", "Family", "Group", "Key", "Linear", "Norm", "by_architecture"]
@@ -36,6 +38,9 @@ _TABLES = (
     GEMMA2,
     GEMMA3,
     PHI3,
+    MIXTRAL,
+    QWEN2_MOE,
+    QWEN3_MOE,
     OLMO2,
     STABLELM,
     GPT_NEOX,

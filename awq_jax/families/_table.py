@@ -44,6 +44,7 @@ class Group:
       producer: what absorbs the scale; None leaves the group at identity, and `reason` must say why.
       sinks: module paths of the quantized linears.
       float_sinks: consumers that stay in floating point (a router) and are multiplied by t too.
+      per_expert: producer and sinks are stacked by expert, and each expert has a scale of its own.
       output: module path whose output the "block" objective compares; the linears' own output if None.
       reason: why there is no producer.
     """
@@ -51,6 +52,7 @@ class Group:
     producer: Norm | Linear | None
     sinks: tuple[str, ...]
     float_sinks: tuple[str, ...] = ()
+    per_expert: bool = False
     output: str | None = None
     reason: str = ""
 

@@ -10,7 +10,7 @@ from awq_jax.models.attention import Attention
 from awq_jax.models.cache import LayerCache
 from awq_jax.models.config import DecoderConfig
 from awq_jax.models.linear import Tap
-from awq_jax.models.mlp import Mlp
+from awq_jax.models.moe import mlp_of
 from awq_jax.models.norm import Norm
 
 __all__ = ["Block"]
@@ -30,7 +30,7 @@ class Block(nnx.Module):
         self.attn = Attention(config, dtype=dtype, rngs=rngs)
         self.attn_out_norm = norm(after)
         self.post_norm = norm(before and not config.one_norm)
-        self.mlp = Mlp(config, dtype=dtype, rngs=rngs)
+        self.mlp = mlp_of(config, dtype=dtype, rngs=rngs)
         self.mlp_out_norm = norm(after)
         self.config = config
 

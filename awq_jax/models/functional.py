@@ -18,7 +18,7 @@ from awq_jax.models.config import DecoderConfig
 from awq_jax.models.decoder import Decoder
 from awq_jax.models.embedding import Embedding
 from awq_jax.models.linear import Tap
-from awq_jax.models.mlp import Mlp
+from awq_jax.models.moe import mlp_of
 from awq_jax.models.params import merge
 
 __all__ = ["block", "embed", "forward", "part"]
@@ -57,7 +57,7 @@ def part(config: DecoderConfig, name: str, params: Params, x: Float[Array, "b t 
     if name == "attn":
         return merge(lambda: Attention(config, dtype=jnp.float32, rngs=nnx.Rngs(0)), params)(x, _positions(x))[0]
     if name == "mlp":
-        return merge(lambda: Mlp(config, dtype=jnp.float32, rngs=nnx.Rngs(0)), params)(x)
+        return merge(lambda: mlp_of(config, dtype=jnp.float32, rngs=nnx.Rngs(0)), params)(x)
     raise ValueError(f"a layer has the parts 'attn' and 'mlp', not {name!r}.")
 
 

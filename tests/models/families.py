@@ -101,6 +101,8 @@ TWO_ROTATIONS = {
     "full_attention": {"rope_type": "linear", "rope_theta": 5000.0, "factor": 2.0},
 }
 MIXED = ["sliding_attention", "full_attention"]
+MIXTRAL = {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": None}
+QWEN_MOE = {"num_experts_per_tok": 2, "moe_intermediate_size": 24, "head_dim": 8}
 PHI3 = {"pad_token_id": None, "sliding_window": None}
 LONGROPE = {
     "rope_type": "longrope",
@@ -132,6 +134,9 @@ TINY = (
     Tiny("phi3", "half-rotation-window", {**PHI3, "sliding_window": 5, "rope_parameters": quarter(0.5)}),
     Tiny("phi3", "long-text", {**PHI3, "original_max_position_embeddings": 8, "rope_parameters": LONGROPE}),
     Tiny("phi3", "short-text", {**PHI3, "original_max_position_embeddings": 32, "rope_parameters": LONGROPE}),
+    Tiny("mixtral", "four-experts", MIXTRAL),
+    Tiny("qwen2_moe", "shared-expert", {**QWEN_MOE, "num_experts": 5, "shared_expert_intermediate_size": 40}),
+    Tiny("qwen3_moe", "six-experts", {**QWEN_MOE, "num_experts": 6, "norm_topk_prob": True}),
     Tiny("olmo2", "shared-heads", {}),
     Tiny("stablelm", "quarter-rotation", {"use_qkv_bias": True}, SHARED),
     Tiny("gpt_neox", "side-by-side", {"rope_parameters": quarter(0.25)}, PLAIN),

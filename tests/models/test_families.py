@@ -24,7 +24,7 @@ from tests.tiny_models import logits_of, rounding, some_tokens
 def plans_of(checkpoint):
     """Every layer's plan, whole columns so that any width fits."""
     c = checkpoint.config
-    widths = {path.split("/", 2)[2]: checkpoint.shape(f"{path}/kernel")[0] for path in linears(checkpoint)}
+    widths = {path.split("/", 2)[2]: checkpoint.shape(f"{path}/kernel")[-2] for path in linears(checkpoint)}
     tie = Tie(kv_heads=c.num_kv_heads, repeats=c.num_heads // c.num_kv_heads)
     return plan_layers(checkpoint.family, Recipe(quant=QuantSpec(group_size=-1)), c.num_layers, widths, tie)
 
@@ -53,7 +53,7 @@ def test_paths_of_the_groups_exist(checkpoint):
         layer = checkpoint.layer(index)
         for group in (p.group for p in plan.groups):
             for sink in (*group.sinks, *group.float_sinks):
-                assert get(layer, sink)["kernel"].ndim == 2
+                assert get(layer, sink)["kernel"].ndim == (3 if "/experts/" in sink else 2)
             if group.producer is None:
                 assert group.reason
             else:
@@ -96,7 +96,8 @@ def test_random_scales_fold_without_changing_the_logits(rng, checkpoint):
             producer = p.group.producer
             if producer is None:  # nothing is ever folded there; `test_paths_of_the_groups_exist` wants the reason
                 continue
-            channels = get(layer, producer.path)["scale" if isinstance(producer, Norm) else "kernel"].shape[-1]
+            shape = get(layer, producer.path)["scale" if isinstance(producer, Norm) else "kernel"].shape
+            channels = (*shape[:-2], shape[-1])  # of every expert, where they are stacked
             t = jnp.asarray(np.exp(rng.uniform(-2, 2, channels)), jnp.float32)
             layer = fold_scale(layer, p.group, t, p.tie)
             for sink in p.group.sinks:

@@ -73,6 +73,8 @@ MECHANISMS = {
     "local_rope_theta": ("gemma3_text-two-rotations", None),
     "rotary_fraction": ("phi3-half-rotation-window", 1.0),
     "parallel": ("gpt_neox-side-by-side", False),
+    "normalize_experts": ("qwen2_moe-shared-expert", True),
+    "experts_per_token": ("mixtral-four-experts", 1),
     "positions": ("bloom-four-heads", "rotary"),
 }
 
