@@ -7,7 +7,8 @@ Error model. Products of bfloat16 activations and codes are exact in float32, so
 * the running sum: for terms of mean zero its partial sums walk, so k roundings of unit ``u32`` add up to about
   ``u32 * sqrt(k) * |x * v|_2 / sqrt(6)``, where v holds the largest operand that an implementation may accumulate
   before it subtracts the zero point: ``(code + offset) * scale``;
-* the weight, if it is rounded to the dtype of x before the product: ``u_x * |x * w|_2 / sqrt(3)``.
+* the weight, if it is rounded to the dtype of x before the product: ``u_x * |x * w|_2 / sqrt(3)``, where w is the
+  weight, or ``(code - 8) * scale`` for an implementation that rounds before it knows the zero point.
 
 The last two are standard deviations of sums of independent roundings; six of them are allowed.
 """
@@ -43,6 +44,7 @@ class Problem:
     x64: np.ndarray
     w64: np.ndarray
     scale_rows: np.ndarray  # the scale of each weight
+    codes: np.ndarray
 
     @property
     def operands(self) -> tuple[Any, Any, Any, Any]:
@@ -81,22 +83,27 @@ def make_problem(
         x.astype(np.float64),
         (q - offset) * rows(scale),
         rows(scale),
+        q,
     )
 
 
-def error_bound(problem: Problem, *, largest_operand: float = 15, weight_unit: float | None = None) -> np.ndarray:
+def error_bound(
+    problem: Problem, *, largest_operand: float = 15, weight_unit: float | None = None, rounds_around_8: bool = False
+) -> np.ndarray:
     """The bound of the module's docstring, per element of the result.
 
     Args:
       problem: the operands.
       largest_operand: of ``code + offset`` in a sum that the implementation accumulates.
       weight_unit: roundoff of a weight before the product; None is that of x.
+      rounds_around_8: what is rounded is ``(code - 8) * scale``, not the weight.
     """
     unit = UNIT[str(problem.x.dtype)]
     k = problem.x64.shape[1]
     norm = lambda w: np.sqrt(np.square(problem.x64) @ np.square(w))
+    rounded = (problem.codes - 8) * problem.scale_rows if rounds_around_8 else problem.w64
     walk = UNIT["float32"] * np.sqrt(k / 6) * norm(largest_operand * problem.scale_rows)
-    weight = (unit if weight_unit is None else weight_unit) / np.sqrt(3) * norm(problem.w64)
+    weight = (unit if weight_unit is None else weight_unit) / np.sqrt(3) * norm(rounded)
     # (1 + unit): the rounding of the result sees the errors below it.
     return unit * np.abs(problem.x64 @ problem.w64) + (1 + unit) * SIGMAS * (walk + weight)
 

@@ -12,7 +12,7 @@ from awq_jax_kernels.int4_matmul.tuned_table import tuned_rows
 
 __all__ = ["BlockConfig", "Variant", "choose", "derive", "for_tpu", "here", "tuned_key", "vmem_bytes"]
 
-Variant = Literal["A", "B", "D", "E", "F"]
+Variant = Literal["A", "B", "D", "E", "F", "G"]
 
 
 @dataclass(frozen=True)
@@ -20,12 +20,12 @@ class BlockConfig:
     """How the TPU kernel cuts its work.
 
     Attributes:
-      variant: how codes become operands. A, B and D multiply the codes and scale the partial sums of each group; E
-        and F scale the weights to bfloat16 first, E in bfloat16 arithmetic and F in float32. See `unpack`.
+      variant: how codes become operands. A, B and D multiply the codes and scale the partial sums of each group; E,
+        F and G scale the weights to bfloat16 first, F in float32 arithmetic, G without zero points. See `unpack`.
       bm: rows of x in a block; all of them where m is smaller.
       bn: columns of the weight in a block, a multiple of 128; the rows are all k.
       tile: columns that are computed at a time, so that their sums stay in registers.
-      chunk: rows that E and F scale at a time, a multiple of 128.
+      chunk: rows that E, F and G scale at a time, a multiple of 128.
       buffers: blocks of the weight in VMEM; all but one are on their way while one is computed.
       splits: shares of the columns that are written back one after the other, each while the next is computed.
       cores: 2 splits the columns over the cores of a megacore.
@@ -77,7 +77,7 @@ def derive(m: int, k: int, n: int, g: int, *, tpu: Tpu | None, exact: bool) -> B
         if tpu.fp8_mxu and (m <= 32 or exact):
             variant = "D"
         elif tpu.bf16_vpu:
-            variant = "B" if exact else "E"
+            variant = "B" if exact else "G" if 64 < m <= 256 and not tpu.fp8_mxu else "E"
         else:
             variant = "F" if wide else "A" if g % 128 == 0 else "B"
     cores = 2 if tpu is not None and tpu.megacore and n % 256 == 0 else 1
@@ -99,7 +99,7 @@ def vmem_bytes(config: BlockConfig, m: int, k: int, n: int, g: int) -> int:
     bm = -(-min(config.bm, m) // 16) * 16
     held = 2 * bm * (k + n // config.cores // config.splits) * 2 + config.buffers * config.bn * (k // 2 + 3 * k // g)
     of_x = (
-        (bm * k * 4 if config.variant in "ABD" else 0)
+        (bm * k * 4 if config.variant in "ABDG" else 0)
         + (bm * k * 2 if config.variant == "A" else 0)
         + 3 * bm * k // g * 2
     )

@@ -43,9 +43,9 @@ def _misfit(config: BlockConfig, k: int, n: int, g: int, *, exact: bool) -> str 
         return f"bn={config.bn}, a multiple of 128, times {shares} shares must divide n={n}"
     if config.bn % config.tile or config.tile % 128:
         return f"tile={config.tile} must divide bn={config.bn}, in multiples of 128"
-    if config.variant in "EF" and (k % config.chunk or config.chunk % max(g if g < k else 0, ROWS)):
+    if config.variant in "EFG" and (k % config.chunk or config.chunk % max(g if g < k else 0, ROWS)):
         return f"chunk={config.chunk} must divide k={k}, in multiples of {ROWS} and of the group"
-    if config.variant in "EF" and exact:
+    if config.variant in "EFG" and exact:
         return f"variant {config.variant} rounds weights to bfloat16, x is wider"
     if config.variant == "A" and g % ROWS:
         return f"variant A needs groups of a multiple of {ROWS} rows, not {g}"

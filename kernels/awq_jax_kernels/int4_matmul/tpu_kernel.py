@@ -8,7 +8,7 @@ while the first block travels.
 
 A, B and D multiply the codes as they are and scale each group's partial sum. What zero points and the offset of the
 codes add is one thin product per block, ``sums of x over groups @ ((zero + offset) * scale)``. E and F scale a chunk of
-the weight to bfloat16 and multiply that.
+the weight to bfloat16 and multiply that; G does so without its zero points, which are a thin product again.
 """
 
 import functools
@@ -109,7 +109,7 @@ def _scratch(config: BlockConfig, bm: int, k: int, groups: int, order: int, *, s
     kept = {}
     if config.variant == "A":
         kept["permuted"] = pltpu.VMEM((k // ROWS, bm, ROWS), jnp.bfloat16)
-    if config.variant == "A" or (config.variant in "BD" and not symmetric):
+    if config.variant == "A" or (config.variant in "BDG" and not symmetric):
         sections = pl.cdiv(groups, ROWS)
         kept["group_sums"] = pltpu.VMEM((sections, bm, len(_pairs(order)) * min(groups, ROWS)), jnp.bfloat16)
     return kept
@@ -208,9 +208,11 @@ def _tile(x_ref: Any, block: Any, columns: Any, kept: Any, *, g: int, config: Bl
     shift: Any = OFFSET[config.variant] + 8
     if zero_ref:
         shift = zero_ref[0][:, columns].astype(jnp.float32) + OFFSET[config.variant]
-    if config.variant in "EF":
-        return _scaled_weights(x_ref, packed_ref, columns, scale, shift, g=g, config=config)
-    y = _scaled_sums(x_ref, packed_ref, columns, scale, kept, g=g, config=config)
+    if config.variant in "EFG":
+        inside = 0 if config.variant == "G" else shift  # what is subtracted from each code
+        y = _scaled_weights(x_ref, packed_ref, columns, scale, inside, g=g, config=config)
+    else:
+        y = _scaled_sums(x_ref, packed_ref, columns, scale, kept, g=g, config=config)
     return y - _zero_points(kept["group_sums"], shift * scale, order) if "group_sums" in kept else y
 
 
@@ -239,8 +241,8 @@ def _zero_points(sums_ref: Any, shifts: Any, order: int) -> Any:
 def _scaled_weights(
     x_ref: Any, packed_ref: Any, columns: Any, scale: Any, shift: Any, *, g: int, config: BlockConfig
 ) -> Any:
-    """E and F: a chunk of the weight in bfloat16, never more, then one product."""
-    dtype = jnp.bfloat16 if config.variant == "E" else jnp.float32
+    """E, F and G: a chunk of the weight in bfloat16, never more, then one product."""
+    dtype = jnp.float32 if config.variant == "F" else jnp.bfloat16
     size = min(g, ROWS)
     total = jnp.zeros((x_ref.shape[0], scale.shape[1]), jnp.float32)
     spread = lambda v, group: jnp.broadcast_to(v[group : group + 1], (size, v.shape[1])).astype(dtype)

@@ -16,7 +16,7 @@ from jaxtyping import Array, BFloat16, Float, Float32, Int8
 __all__ = ["OFFSET", "ROWS", "permutation", "split", "unpack_a", "unpack_b", "unpack_d"]
 
 ROWS = 128  # that A permutes among themselves
-OFFSET = {"A": 128, "B": -8, "D": -8, "E": -8, "F": -8}  # an unpacked value is code + offset
+OFFSET = {"A": 128, "B": -8, "D": -8, "E": -8, "F": -8, "G": -8}  # an unpacked value is code + offset
 
 
 def unpack_a(packed: Int8[Array, "k2 n"]) -> BFloat16[Array, "k n"]:

@@ -34,7 +34,7 @@ def _variants(tpu: Tpu, m: int) -> list[Variant]:
     if tpu.fp8_mxu:
         return ["D"] if m <= 16 else ["D", "E"] if m <= 32 else ["E"]
     if tpu.bf16_vpu:
-        return ["E"]
+        return ["E", "G"] if 64 < m <= 256 else ["E"]
     return ["A"] if m <= 64 else ["A", "F"]
 
 
