@@ -47,13 +47,15 @@ def pack_words(codes: UInt8[np.ndarray, "r c"], bits: int) -> Int32[np.ndarray, 
 def unpack_words(words: Int32[np.ndarray, "r w"], bits: int, count: int) -> UInt8[np.ndarray, "r c"]:
     """Inverse of `pack_words`, for every width from 1 to 8 and both layouts; the number of words tells which.
 
+    The two differ, and take as many words, only for a few short rows.
+
     Args:
       words: ``[r, w]``.
       bits: of a code.
       count: codes of a row.
 
     Raises:
-      ValueError: so many codes don't take so many words.
+      ValueError: so many codes don't take so many words, or take as many in both layouts.
 
     >>> unpack_words(np.array([[0x76543210]], np.int32), 4, 8).tolist()
     [[0, 1, 2, 3, 4, 5, 6, 7]]
@@ -62,6 +64,8 @@ def unpack_words(words: Int32[np.ndarray, "r w"], bits: int, count: int) -> UInt
     stream, whole = widths(count, bits)
     if found not in (stream, whole):
         raise ValueError(f"{count} codes of {bits} bits take {stream} or {whole} words, not {found}.")
+    if stream == whole and count > 32 // bits and 32 % bits:
+        raise ValueError(f"{count} codes of {bits} bits take {found} words in two layouts; which one is not known.")
     raw = np.ascontiguousarray(words).view(np.uint8).reshape(rows, 4 * found)
     if 8 % bits == 0:
         mask, per_byte = (1 << bits) - 1, 8 // bits
