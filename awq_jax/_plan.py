@@ -43,11 +43,13 @@ class LayerPlan:
       groups: what shares a scale.
       search: how scales and thresholds are found.
       feedback: how GPTQ rounds; None rounds to nearest.
+      propagate: whether inputs are those of the quantized layers before.
     """
 
     groups: tuple[GroupPlan, ...]
     search: SearchSpec
     feedback: GPTQSpec | None = None
+    propagate: bool = False
 
     @property
     def taps(self) -> tuple[str, ...]:
@@ -111,7 +113,13 @@ def plan_layers(
             clip = tuple(f"layers/*/{path}" not in family.no_clip for path in row.sinks)
             needs_tie = tied and tie is not None and tie.repeats > 1
             groups.append(GroupPlan(group=row, specs=specs, tie=tie if needs_tie else None, clip=clip))
-        plans.append(LayerPlan(groups=tuple(groups), search=recipe.searches, feedback=recipe.feedback))
+        plan = LayerPlan(
+            groups=tuple(groups),
+            search=recipe.searches,
+            feedback=recipe.feedback,
+            propagate=recipe.propagate == "quantized",
+        )
+        plans.append(plan)
     _refuse_unused(glob for glob, _ in recipe.overrides if glob not in used)
     return tuple(plans)
 

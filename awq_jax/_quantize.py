@@ -20,11 +20,14 @@ from awq_jax._search import ScaleResult, gram_loss, search_scale, split_columns
 from awq_jax._stats import ActStats
 from awq_jax._tree import get, put
 from awq_jax.methods import gptq
+from awq_jax.methods.drift import Drift, realign
 
 __all__ = ["QuantizedLayer", "quantize_layer", "round_layer"]
 
 Params = Mapping[str, Any]
 GroupLoss = Callable[[GroupPlan], Callable[[list[Array]], Array] | None]
+Reobserve = Callable[[Params, Params, GroupPlan], Drift]
+"""(folded float parameters, parameters so far quantized, group) -> what reaches the group's linears now."""
 
 
 @pytree
@@ -53,7 +56,7 @@ def _search_group(params: Params, plan: GroupPlan, layer: LayerPlan, stats: ActS
 
 
 def _round_group(
-    params: Params, plan: GroupPlan, layer: LayerPlan, stats: ActStats | None, rows: Array | None
+    params: Params, plan: GroupPlan, layer: LayerPlan, stats: ActStats | None, drift: Drift | None = None
 ) -> tuple[Params, Array | None]:
     """Replace the kernels of one group by their quantized form, and say what output error is left.
 
@@ -66,8 +69,8 @@ def _round_group(
         for path, spec, _ in plan.quantized:
             out = put(out, f"{path}/kernel", quantize(kernels[path], spec))
         return out, None
-    if rows is not None:
-        stats = dataclasses.replace(stats, gram=stats.gram / (rows[:, None] * rows[None, :]))
+    if drift is not None:
+        kernels = {path: realign(weight, drift) for path, weight in kernels.items()}
     ratios = _clip_group(kernels, plan, layer, stats)
     loss = jnp.zeros(())
     for spec in dict.fromkeys(spec for _, spec, _ in plan.quantized):
@@ -105,7 +108,7 @@ def _clip_group(kernels: Mapping[str, Array], plan: GroupPlan, layer: LayerPlan,
 def round_layer(params: Params, plan: LayerPlan) -> Params:
     """Round to nearest, without statistics: what every other method is measured against."""
     for group in plan.groups:
-        params, _ = _round_group(params, group, plan, None, None)
+        params, _ = _round_group(params, group, plan, None)
     return params
 
 
@@ -114,6 +117,7 @@ def quantize_layer(
     stats: Mapping[str, ActStats],
     plan: LayerPlan,
     loss: GroupLoss = lambda group: None,
+    reobserve: Reobserve | None = None,
 ) -> QuantizedLayer:
     """Quantize one layer: search every group on the original weights, fold all scales, clip, round, pack.
 
@@ -125,6 +129,8 @@ def quantize_layer(
       stats: `ActStats` by tap, ``plan.taps``.
       plan: static.
       loss: objective of a group, given its plan; None is the Gram objective.
+      reobserve: measures a group's inputs anew when the groups before it are quantized, and how they have drifted; each
+        weight is then moved to make up for it (`realign`).
     """
     results = tuple(
         _search_group(params, group, plan, stats[group.group.sinks[0]], loss(group)) if group.quantized else None
@@ -134,11 +140,14 @@ def quantize_layer(
     for group, result in zip(plan.groups, results, strict=True):
         if result is not None and group.group.producer is not None:
             folded = fold_scale(folded, group.group, result.scale, group.tie)
-    losses: list[Array | None] = []
+    done, losses = folded, []
     for group, result in zip(plan.groups, results, strict=True):
         left = None
         if result is not None:
             rows = group.tie.spread(result.scale) if group.tie else result.scale
-            folded, left = _round_group(folded, group, plan, stats[group.group.sinks[0]], rows)
+            seen = stats[group.group.sinks[0]]
+            seen = dataclasses.replace(seen, gram=seen.gram / (rows[:, None] * rows[None, :]))
+            drift = reobserve(folded, done, group) if reobserve else None
+            done, left = _round_group(done, group, plan, drift.stats if drift else seen, drift)
         losses.append(left)
-    return QuantizedLayer(params=folded, results=results, losses=tuple(losses))
+    return QuantizedLayer(params=done, results=results, losses=tuple(losses))

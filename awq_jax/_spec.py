@@ -230,6 +230,9 @@ class Recipe:
         with error feedback; "awq+gptq" searches, then rounds with error feedback.
       search: how scales and thresholds are found, where the method searches.
       gptq: how codes are chosen, where the method feeds errors back.
+      propagate: "dense" quantizes each layer on the float model's activations; "quantized" on those that have passed
+        through the layers before it as they are written, and moves each weight so that it still makes the float
+        model's outputs of them.
       overrides: ``(glob, spec or None)`` pairs over weight paths such as ``layers/*/mlp/down``; the first match wins,
         None leaves the weight in floating point. A glob that matches nothing is an error.
     """
@@ -238,9 +241,14 @@ class Recipe:
     method: str = "awq"
     search: SearchSpec = dataclasses.field(default_factory=SearchSpec)
     gptq: GPTQSpec = dataclasses.field(default_factory=GPTQSpec)
+    propagate: str = "dense"
     overrides: tuple[tuple[str, QuantSpec | None], ...] = ()
 
     def __post_init__(self) -> None:
+        if self.propagate not in ("dense", "quantized"):
+            raise ValueError(f"Recipe.propagate is {self.propagate!r}; use 'dense' or 'quantized'.")
+        if self.method == "minmax" and self.propagate != "dense":
+            raise ValueError("Recipe.method 'minmax' looks at no activations, so there is nothing to propagate.")
         if self.method not in METHODS:
             raise ValueError(f"Recipe.method is {self.method!r}; the methods are {', '.join(METHODS)}.")
 

@@ -15,12 +15,12 @@ from jaxtyping import Array
 
 from awq_jax._plan import GroupPlan, LayerPlan
 from awq_jax._pytree import pytree
-from awq_jax._qtensor import QTensor, dequantize
 from awq_jax._quantize import quantize_layer, round_layer
 from awq_jax._stats import ActStats, calibrate, observe
 from awq_jax._tree import put
 from awq_jax.models.config import DecoderConfig
 from awq_jax.models.functional import block, part
+from awq_jax.propagate import reobserver, unpacked
 
 __all__ = ["LayerOutcome", "quantize_and_measure"]
 
@@ -34,6 +34,7 @@ class LayerOutcome:
     Attributes:
       layer: the quantized parameters and search results; the parameters are round-to-nearest where that was better.
       hidden: the float layer's output on the calibration set, input of the next layer.
+      stream: the written layer's output on the quantized model's inputs, where the plan propagates; else None.
       error: squared output error of the search's result, relative to the output's square.
       rtn_error: the same for round to nearest.
       finite: whether every statistic of every tap was finite, by tap.
@@ -42,6 +43,7 @@ class LayerOutcome:
 
     layer: Any
     hidden: Any
+    stream: Any
     error: Any
     rtn_error: Any
     finite: Any
@@ -91,32 +93,27 @@ def _block_loss(
     return of_group
 
 
-def _dense(params: Params) -> Params:
-    """Every QTensor replaced by the weight it stands for."""
-    is_weight = lambda leaf: isinstance(leaf, QTensor)
-    return jax.tree.map(lambda leaf: dequantize(leaf) if is_weight(leaf) else leaf, params, is_leaf=is_weight)
-
-
 def _relative_errors(
-    config: DecoderConfig, versions: list[Params], hidden: Array, target: Array, mask: Array
+    config: DecoderConfig, versions: list[Params], hidden: Array, stream: Array, target: Array, mask: Array
 ) -> list[Array]:
     """Squared output error of each version of a layer over the square of the float output's change to the stream."""
-    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *map(_dense, versions))
+    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *map(unpacked, versions))
     keep = mask[..., None]
     power = jnp.sum(jnp.where(keep, target - hidden, 0.0) ** 2)
 
     def error(params: Params) -> Array:
-        difference = block(config, params, hidden) - target
+        difference = block(config, params, stream) - target
         return jnp.sum(jnp.where(keep, difference, 0.0) ** 2) / jnp.maximum(power, 1e-30)
 
     return list(jax.lax.map(error, stacked))
 
 
-@partial(jax.jit, static_argnames=("config", "plan", "measured", "tokens"), donate_argnames=("hidden",))
+@partial(jax.jit, static_argnames=("config", "plan", "measured", "tokens"), donate_argnames=("hidden", "stream"))
 def quantize_and_measure(
     params: Params,
     hidden: Array,
     mask: Array,
+    stream: Array | None = None,
     *,
     config: DecoderConfig,
     plan: LayerPlan,
@@ -127,26 +124,37 @@ def quantize_and_measure(
 
     Args:
       params: nested dict of one layer, dense, float32.
-      hidden: the layer's inputs, ``[chunks, b, t, d]``; one chunk's activations are alive at a time.
+      hidden: the layer's inputs in the float model, ``[chunks, b, t, d]``; one chunk's activations are alive at a time.
       mask: ``[chunks, b, t]``, False on padding.
+      stream: its inputs in the quantized model, like ``hidden``; needed where the plan propagates.
       config: of the model.
       plan: of this layer.
-      tokens: how many of the mask are True, for `SearchSpec.stride`; None takes all for tokens.
       measured: chunks that the output error is measured on, and the block objective evaluated on.
+      tokens: how many of the mask are True, for `SearchSpec.stride`; None takes all for tokens.
     """
-    stats, outputs = calibrate(_observer(config, plan, tokens or mask.size), params, (hidden, mask), has_aux=True)
-    sample = jax.tree.map(lambda a: a[:measured].reshape(-1, *a.shape[2:]), (hidden, outputs, mask))
-    inputs, target, keep = sample
+    tokens = tokens or mask.size
+    forward = lambda version, chunks: jax.lax.map(lambda h: block(config, version, h), chunks)
+    if plan.propagate:
+        assert stream is not None
+        stats, _ = calibrate(_observer(config, plan, tokens), params, (stream, mask), has_aux=True)
+        outputs = forward(params, hidden)
+        reobserve = reobserver(config, plan, hidden, stream, mask, tokens)
+    else:
+        stats, outputs = calibrate(_observer(config, plan, tokens), params, (hidden, mask), has_aux=True)
+        stream, reobserve = hidden, None
+    sample = jax.tree.map(lambda a: a[:measured].reshape(-1, *a.shape[2:]), (hidden, stream, outputs, mask))
+    _, inputs, _, keep = sample
     loss = _block_loss(config, params, inputs, keep, plan) if plan.search.objective == "block" else lambda group: None
-    searched = quantize_layer(params, stats, plan, loss)
+    searched = quantize_layer(params, stats, plan, loss, reobserve)
     rounded = round_layer(params, plan)
-    error, rtn_error = _relative_errors(config, [searched.params, rounded], inputs, target, keep)
+    error, rtn_error = _relative_errors(config, [searched.params, rounded], *sample)
     helped = error <= rtn_error  # False where the error is NaN
     chosen = jax.tree.map(lambda a, b: jnp.where(helped, a, b), searched.params, rounded)
     finite = {tap: jnp.isfinite(s.abs_sum).all() & jnp.isfinite(s.gram).all() for tap, s in stats.items()}
     return LayerOutcome(
         layer=dataclasses.replace(searched, params=chosen),
         hidden=outputs,
+        stream=forward(unpacked(chosen), stream) if plan.propagate else None,
         error=error,
         rtn_error=rtn_error,
         finite=finite,

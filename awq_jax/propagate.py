@@ -1,0 +1,66 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Two streams through one layer: the float model's, which says what is wanted, and the quantized model's."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from awq_jax._plan import GroupPlan, LayerPlan
+from awq_jax._qtensor import QTensor, dequantize
+from awq_jax.methods.drift import Drift, merge_drift, observe_drift
+from awq_jax.models.config import DecoderConfig
+from awq_jax.models.functional import block
+
+__all__ = ["reobserver", "unpacked"]
+
+Params = Any
+
+
+def unpacked(params: Params) -> Params:
+    """Every `QTensor` replaced by the weight it stands for."""
+    is_weight = lambda leaf: isinstance(leaf, QTensor)
+    return jax.tree.map(lambda leaf: dequantize(leaf) if is_weight(leaf) else leaf, params, is_leaf=is_weight)
+
+
+def reobserver(
+    config: DecoderConfig, plan: LayerPlan, hidden: Array, stream: Array, mask: Array, tokens: int
+) -> Callable[[Params, Params, GroupPlan], Drift]:
+    """What reaches a group's linears once the groups before it are quantized, beside the float model's inputs.
+
+    Args:
+      config: of the model.
+      plan: of the layer.
+      hidden: the layer's inputs in the float model, ``[chunks, b, t, d]``.
+      stream: its inputs in the quantized model.
+      mask: ``[chunks, b, t]``.
+      tokens: how many of the mask are True.
+
+    Returns:
+      ``(folded float parameters, parameters so far quantized, group) -> Drift``. Of long calibration texts every s-th
+      chunk is taken, as many as `SearchSpec.stride` asks for.
+    """
+
+    def of_group(folded: Params, done: Params, group: GroupPlan) -> Drift:
+        name, done = group.group.sinks[0], unpacked(done)
+
+        def at_tap(params: Params, h: Array) -> Array:
+            seen: dict[str, Array] = {}
+            block(config, params, h, tap=lambda path, x: seen.update({path: x}) if path == name else None)
+            return seen[name]
+
+        def observe(chunk: tuple[Array, Array, Array]) -> Drift:
+            h, s, keep = chunk
+            return observe_drift(at_tap(folded, h), at_tap(done, s), keep)
+
+        k = jax.eval_shape(at_tap, folded, hidden[0]).shape[-1]
+        stride = min(plan.search.stride(tokens, k), len(hidden))
+        chunks = (hidden[::stride], stream[::stride], mask[::stride])
+        shapes = jax.eval_shape(observe, jax.tree.map(lambda leaf: leaf[0], chunks))
+        zero = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+        total, _ = jax.lax.scan(lambda total, chunk: (merge_drift(total, observe(chunk)), None), zero, chunks)
+        return total
+
+    return of_group
