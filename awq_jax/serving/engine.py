@@ -100,6 +100,7 @@ class Engine:
       queue: requests that may wait.
       cache_dtype: of keys and values; None is that of the embedding, int8 halves bfloat16.
       programs: (prefill, decode) to run instead of the compiled ones, such as those of a mesh.
+      make_slots: instead of `empty_slots`, likewise.
 
     Raises:
       ValueError: no slot, no room, or more positions than the model has.
@@ -116,6 +117,7 @@ class Engine:
         queue: int = 64,
         cache_dtype: Any = None,
         programs: tuple[Callable[..., Any], Callable[..., Any]] | None = None,
+        make_slots: Callable[..., Any] = empty_slots,
     ) -> None:
         positions = config.max_position_embeddings
         self.max_len = positions if max_len is None else max_len
@@ -126,7 +128,7 @@ class Engine:
         self.config, self.params, self.steps, self.queue = config, params, steps, queue
         self._prefill, self._decode = programs or _programs(config)
         dtype = params["embed"]["embedding"].dtype if cache_dtype is None else cache_dtype
-        self._empty = lambda: empty_slots(config, slots, self.max_len, dtype=dtype, stops=MAX_STOPS)
+        self._empty = lambda: make_slots(config, slots, self.max_len, dtype=dtype, stops=MAX_STOPS)
         self._state = self._empty()
         self._tickets: list[Ticket | None] = [None] * slots
         self._lengths = [0] * slots
@@ -268,7 +270,7 @@ def start_of(request: Request) -> Start:
     one = lambda value, dtype: np.array([value], dtype)
     sampling = Sampling(
         temperature=one(request.temperature, np.float32),
-        top_k=one(request.top_k or 0, np.int32),
+        top_k=one(min(request.top_k or 0, 2**31 - 1), np.int32),
         top_p=one(1.0 if request.top_p is None else request.top_p, np.float32),
         seed=one(request.seed, np.uint32),
     )

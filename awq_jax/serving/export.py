@@ -3,7 +3,6 @@
 
 import errno
 import functools
-import importlib.resources
 import json
 import os
 from collections.abc import Iterable
@@ -17,6 +16,7 @@ import numpy as np
 
 from awq_jax._publish import published, write_bytes, write_file
 from awq_jax._version import __version__
+from awq_jax.serving import loader
 from awq_jax.serving.abstract import traced_for
 from awq_jax.serving.engine import MAX_STOPS, buckets_for
 from awq_jax.serving.load import ServingModel, load
@@ -86,7 +86,7 @@ def export(
             write_bytes(work / names[bucket], _prefill(model, slots, bucket, platform, around))
         write_bytes(work / "decode.bin", _decode(model, slots, steps, platform, around))
         write_file(work / "weights.bin", _pieces(leaves), sum(leaf.nbytes for leaf in leaves))
-        write_bytes(work / "loader.py", importlib.resources.read_binary("awq_jax.serving", "loader.py"))
+        write_bytes(work / "loader.py", Path(loader.__file__).read_bytes())
         manifest = {
             "version": VERSION,
             "awq_jax": __version__,

@@ -18,7 +18,7 @@ from awq_jax.serving.fuse import fuse_layer
 from awq_jax_convert.formats import open_checkpoint
 from awq_jax_convert.source import Checkpoint
 
-__all__ = ["ServingModel", "load", "read_tree", "wide_norms"]
+__all__ = ["ServingModel", "int4_head_of", "load", "read_tree", "wide_norms"]
 
 Place = Callable[[str, Any], Any]
 """Puts a subtree where it belongs: called with its name ("stem" or "layer") and the tree on the host."""
@@ -89,7 +89,7 @@ def read_tree(checkpoint: Checkpoint, dtype: Any, place: Place, *, int4_head: bo
     """
     stem = checkpoint.stem(dtype)
     if int4_head:
-        stem["lm_head"] = {"kernel": _int4_head(checkpoint.config, stem)}
+        stem["lm_head"] = {"kernel": int4_head_of(checkpoint.config, stem)}
     read = lambda index: wide_norms(fuse_layer(checkpoint.layer(index, dtype)))
     layers = {str(index): place("layer", read(index)) for index in range(checkpoint.num_layers)}
     return {**place("stem", wide_norms(stem)), "layers": layers}
@@ -108,7 +108,7 @@ def wide_norms(tree: Mapping[str, Any]) -> dict[str, Any]:
     return out
 
 
-def _int4_head(config: DecoderConfig, stem: Mapping[str, Any]) -> QTensor:
+def int4_head_of(config: DecoderConfig, stem: Mapping[str, Any]) -> QTensor:
     """The head rounded to nearest; of tied embeddings a copy."""
     k = config.hidden_size
     group = next((g for g in (128, 64, 32) if k % g == 0), -1)

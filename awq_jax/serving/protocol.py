@@ -117,6 +117,10 @@ def parse(kind: str, raw: bytes) -> Asked:
         "seed": number("seed", (int,)),
     }
     given: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
+    try:
+        given |= {name: float(given[name]) for name in ("temperature", "top_p") if name in given}
+    except OverflowError:
+        raise Refusal(400, "temperature and top_p must be numbers of ordinary size.", "temperature") from None
     given.setdefault("temperature", 1.0)
     given["seed"] = given["seed"] % 2**32 if "seed" in given else secrets.randbits(32)
     limit = number("max_completion_tokens", (int,))
