@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A mixture's experts: their weights stacked on a leading axis, and the rows that a router sends to each."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -15,7 +15,15 @@ from awq_jax._tree import get
 from awq_jax_kernels.ragged_int4_matmul import ragged_int4_matmul
 from awq_jax_kernels.ragged_int4_matmul.tiles import place_rows
 
-__all__ = ["ExpertRows", "flat", "observe_experts", "only", "ragged_matmul", "stacked", "without_starved"]
+__all__ = [
+    "ExpertRows",
+    "each_expert",
+    "flat",
+    "observe_experts",
+    "ragged_matmul",
+    "stacked",
+    "without_starved",
+]
 
 
 @pytree
@@ -103,10 +111,12 @@ def observe_experts(x: ExpertRows, mask: Bool[Array, "*t"] | None = None, *, his
 
 
 def without_starved(stats: ActStats, least: int) -> ActStats:
-    """The Gram matrix of an expert that fewer than ``least`` tokens reached counts as zero.
+    """The Gram matrix of each expert that fewer than ``least`` tokens reached counts as zero.
 
     No error is seen on it then, so identity wins, nothing is clipped and the weight is rounded to nearest.
     """
+    if stats.count.ndim == 0:
+        return stats  # not of experts
     fed = stats.count >= least
     return ActStats(
         count=stats.count,
@@ -130,7 +140,19 @@ def stacked(weight: Any, like: Array) -> Any:
     return jax.tree.map(split, weight)
 
 
-def only(params: Mapping[str, Any], paths: tuple[str, ...]) -> dict[str, Any]:
+def each_expert(run: Callable[..., Any], params: Mapping[str, Any], paths: tuple[str, ...], *trees: Any) -> Any:
+    """``run(part, *trees)`` for each expert, one after the other; results are stacked again.
+
+    Args:
+      run: takes the modules at ``paths`` of one expert, and its slices of the trees.
+      params: nested dict that holds the paths.
+      paths: of modules whose leaves have a leading axis of experts.
+      *trees: with that leading axis too, or None.
+    """
+    return jax.lax.map(lambda one: run(*one), (_only(params, paths), *trees))
+
+
+def _only(params: Mapping[str, Any], paths: tuple[str, ...]) -> dict[str, Any]:
     """The part of a nested dict that some paths name."""
     tree: dict[str, Any] = {}
     for path in paths:

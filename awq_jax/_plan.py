@@ -35,6 +35,11 @@ class GroupPlan:
         return tuple((path, spec, clip) for path, spec, clip in rows if spec is not None)
 
 
+    def of_one_expert(self) -> "GroupPlan":
+        """The plan of a group in which each expert has its own scale, for one of them."""
+        return dataclasses.replace(self, group=dataclasses.replace(self.group, per_expert=False))
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LayerPlan:
     """Everything that decides what happens to one layer. Layers with equal plans share one compilation.

@@ -11,6 +11,7 @@ import numpy as np
 from jaxtyping import Array
 
 from awq_jax._clip import search_clip
+from awq_jax._experts import each_expert, flat, stacked, without_starved
 from awq_jax._fold import fold_scale
 from awq_jax._plan import GroupPlan, LayerPlan
 from awq_jax._pytree import pytree
@@ -48,7 +49,10 @@ class QuantizedLayer:
 
 def _search_group(params: Params, plan: GroupPlan, layer: LayerPlan, stats: ActStats, loss: Any) -> ScaleResult:
     """The scale of one group; a group that nothing can absorb keeps identity and only measures it."""
-    kernels = [get(params, path)["kernel"] for path, _, _ in plan.quantized]
+    if plan.group.per_expert:
+        one = lambda part, seen, _: _search_group(part, plan.of_one_expert(), layer, seen, None)
+        return each_expert(one, params, plan.group.sinks, stats, None)
+    kernels = [flat(get(params, path)["kernel"]) for path, _, _ in plan.quantized]
     specs = [spec for _, spec, _ in plan.quantized]
     # A sink left in floating point still shares the input: its rows are scaled, but it adds no error.
     search = layer.search if plan.group.producer is not None else dataclasses.replace(layer.search, rules=())
@@ -64,10 +68,17 @@ def _round_group(
     by side.
     """
     out = dict(params)
-    kernels = {path: get(out, path)["kernel"].astype(jnp.float32) for path, _, _ in plan.quantized}
+    if plan.group.per_expert and stats is not None:
+        one = lambda part, seen, moved: _round_group(part, plan.of_one_expert(), layer, seen, moved)
+        parts, lost = each_expert(one, params, plan.group.sinks, stats, drift)
+        for path in plan.group.sinks:
+            out = put(out, path, get(parts, path))
+        return out, None if lost is None else lost.sum()
+    dense = {path: get(out, path)["kernel"] for path, _, _ in plan.quantized}
+    kernels = {path: flat(kernel.astype(jnp.float32)) for path, kernel in dense.items()}
     if stats is None or stats.gram is None:
         for path, spec, _ in plan.quantized:
-            out = put(out, f"{path}/kernel", quantize(kernels[path], spec))
+            out = put(out, f"{path}/kernel", stacked(quantize(kernels[path], spec), dense[path]))
         return out, None
     if drift is not None:
         kernels = {path: realign(weight, drift) for path, weight in kernels.items()}
@@ -85,7 +96,8 @@ def _round_group(
         ends = np.cumsum([kernels[path].shape[1] for path in paths])
         for path, end in zip(paths, ends.tolist(), strict=True):
             columns = slice(end - kernels[path].shape[1], end)
-            out = put(out, f"{path}/kernel", jax.tree.map(lambda leaf, at=columns: leaf[:, at], weight))
+            part = jax.tree.map(lambda leaf, at=columns: leaf[:, at], weight)
+            out = put(out, f"{path}/kernel", stacked(part, dense[path]))
     return out, loss
 
 
@@ -132,6 +144,7 @@ def quantize_layer(
       reobserve: measures a group's inputs anew when the groups before it are quantized, and how they have drifted; each
         weight is then moved to make up for it (`realign`).
     """
+    stats = {tap: without_starved(seen, plan.search.expert_tokens) for tap, seen in stats.items()}
     results = tuple(
         _search_group(params, group, plan, stats[group.group.sinks[0]], loss(group)) if group.quantized else None
         for group in plan.groups
@@ -146,7 +159,7 @@ def quantize_layer(
         if result is not None:
             rows = group.tie.spread(result.scale) if group.tie else result.scale
             seen = stats[group.group.sinks[0]]
-            seen = dataclasses.replace(seen, gram=seen.gram / (rows[:, None] * rows[None, :]))
+            seen = dataclasses.replace(seen, gram=seen.gram / (rows[..., :, None] * rows[..., None, :]))
             drift = reobserve(folded, done, group) if reobserve else None
             done, left = _round_group(done, group, plan, drift.stats if drift else seen, drift)
         losses.append(left)

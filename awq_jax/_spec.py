@@ -165,12 +165,15 @@ class SearchSpec:
       clip_ratios: candidates for the threshold of each (group, output); empty means no clipping. 1 is always added.
       tokens_per_channel: a Gram matrix ``[k, k]`` is estimated from at least this many tokens for each of its k
         channels; of longer calibration texts every second, third, … token is taken. None takes all.
+      expert_tokens: an expert that fewer calibration tokens reach shares the scale of its input with the others, but
+        its last linear is rounded to nearest, and the report names it.
     """
 
     rules: tuple[ScaleRule, ...] = dataclasses.field(default_factory=lambda: (rule("paper"), rule("duo")))
     objective: str = "gram"
     clip_ratios: tuple[float, ...] = (0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65, 0.6, 0.55, 0.5)
     tokens_per_channel: int | None = 16
+    expert_tokens: int = 32
 
     def __post_init__(self) -> None:
         if self.objective not in ("gram", "block"):

@@ -37,8 +37,8 @@ class ActStats:
 
     @property
     def abs_mean(self) -> Array:
-        """Mean of |x|, ``[k]``; 0 where no token was seen."""
-        return self.abs_sum / jnp.maximum(self.count, 1.0)
+        """Mean of |x|, ``[*e, k]``; 0 where no token was seen."""
+        return self.abs_sum / jnp.maximum(self.count, 1.0)[..., None]
 
 
 def bin_of(magnitude: Array) -> Array:

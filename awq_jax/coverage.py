@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """From a layer's outcome to its report: what each weight got and, if it is not a searched scale, why."""
 
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
@@ -41,24 +42,44 @@ def _finite(value: Any) -> float | None:
     return float(value) if np.isfinite(value) else None
 
 
-def _linears(index: int, plan: GroupPlan, method: Method, reason: str) -> Iterator[LinearReport]:
+def _winner(result: ScaleResult, layer: LayerPlan) -> tuple[str, float]:
+    """Name and power of the rule that won; of experts, how many each won, unless it was identity everywhere."""
+    won = [layer.search.candidates[int(index)] for index in np.atleast_1d(result.index)]
+    names = Counter(rule.name for rule, _, _ in won)
+    power = float(np.mean([power for _, power, _ in won]))
+    if len(names) == 1:
+        return won[0][0].name, power
+    return ", ".join(f"{name} ({count} experts)" for name, count in names.most_common()), power
+
+
+def _linears(
+    index: int, plan: GroupPlan, method: Method, reason: str, starved: tuple[int, ...]
+) -> Iterator[LinearReport]:
     for path, spec in zip(plan.group.sinks, plan.specs, strict=True):
         name = f"layers/{index}/{path}"
         if spec is None:
             why = "left in floating point by an override"
             yield LinearReport(path=name, method="float", reason=why, bits=32, group_size=0)
         else:
-            yield LinearReport(path=name, method=method, reason=reason, bits=spec.bits, group_size=spec.group_size)
+            yield LinearReport(
+                path=name,
+                method=method,
+                reason=reason,
+                bits=spec.bits,
+                group_size=spec.group_size,
+                starved=starved,
+            )
 
 
 def _group(index: int, plan: GroupPlan, result: ScaleResult, written: Any, rule: str, power: float) -> GroupReport:
-    producer, losses = plan.group.producer, np.asarray(result.losses)
+    producer, each = plan.group.producer, np.atleast_2d(result.losses)  # of every expert
+    losses = each.sum(0)
     return GroupReport(
         sinks=tuple(f"layers/{index}/{path}" for path in plan.group.sinks),
         producer=f"layers/{index}/{producer.path}" if producer else None,
         rule=rule,
         power=power,
-        loss=_finite(losses.min()),
+        loss=_finite(each.min(1).sum()),
         rtn_loss=_finite(losses[0]),
         losses=tuple(map(_finite, losses)),
         written_loss=_finite(written),
@@ -78,15 +99,17 @@ def layer_report(index: int, plan: LayerPlan, outcome: LayerOutcome) -> LayerRep
     linears: list[LinearReport] = []
     layer = outcome.layer
     for group, result, written in zip(plan.groups, layer.results, layer.losses, strict=True):
-        winner, power, finite, tap = "identity", 0.0, True, group.group.sinks[0]
+        winner, power, finite, tap, starved = "identity", 0.0, True, group.group.sinks[0], ()
         if result is not None:
-            rule, power, _ = plan.search.candidates[int(result.index)]
-            winner, finite = rule.name, bool(outcome.finite[tap])
+            winner, power = _winner(result, plan)
+            finite = bool(outcome.finite[tap])
+            if group.group.per_expert:
+                starved = tuple(np.flatnonzero(outcome.tokens[tap] < plan.search.expert_tokens).tolist())
             groups.append(_group(index, group, result, written, winner, power))
         tap = f"layers/{index}/{tap}"
         method = _method(plan, finite=finite, fell_back=fell_back, winner=winner)
         reason = _reason(group, plan, tap, finite=finite, fell_back=fell_back, winner=winner)
-        linears += _linears(index, group, method, reason)
+        linears += _linears(index, group, method, reason, starved)
     return LayerReport(
         index=index,
         error=_finite(outcome.rtn_error if fell_back else outcome.error),

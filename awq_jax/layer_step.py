@@ -13,11 +13,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
+from awq_jax._experts import ExpertRows, observe_experts, stacked
 from awq_jax._plan import GroupPlan, LayerPlan
 from awq_jax._pytree import pytree
 from awq_jax._quantize import quantize_layer, round_layer
 from awq_jax._stats import ActStats, calibrate, observe
-from awq_jax._tree import put
+from awq_jax._tree import get, put
 from awq_jax.models.config import DecoderConfig
 from awq_jax.models.functional import block, part
 from awq_jax.propagate import reobserver, unpacked
@@ -58,8 +59,10 @@ def _observer(config: DecoderConfig, plan: LayerPlan, tokens: int) -> Callable[[
         hidden, mask = batch
         seen: dict[str, ActStats] = {}
 
-        def tap(name: str, x: Array) -> None:
-            if name in plan.taps:
+        def tap(name: str, x: Any) -> None:
+            if name in plan.taps and isinstance(x, ExpertRows):
+                seen[name] = observe_experts(x, mask, histogram=histogram)
+            elif name in plan.taps:
                 stride = plan.search.stride(tokens, x.shape[-1])
                 seen[name] = observe(x, mask, stride=stride, histogram=histogram)
 
@@ -84,7 +87,7 @@ def _block_loss(
         def loss(weights: list[Array]) -> Array:
             changed = params
             for (path, _, _), weight in zip(group.quantized, weights, strict=True):
-                changed = put(changed, f"{path}/kernel", weight)
+                changed = put(changed, f"{path}/kernel", stacked(weight, get(params, path)["kernel"]))
             error = part(config, name, changed[name], x) - target
             return jnp.sum(jnp.where(mask[..., None], error, 0.0) ** 2) / jnp.maximum(mask.sum(dtype=jnp.float32), 1.0)
 

@@ -2,6 +2,7 @@
 """A checkpoint directory in, a quantized one out, one layer in memory at a time."""
 
 import dataclasses
+import math
 import pathlib
 import resource
 import time
@@ -93,7 +94,7 @@ def plans_of(checkpoint: HFCheckpoint, recipe: Recipe) -> tuple[LayerPlan, ...]:
     config = checkpoint.config
     tie = Tie(kv_heads=config.num_kv_heads, repeats=config.num_heads // config.num_kv_heads)
     sinks = {path.removeprefix("layers/*/") for group in checkpoint.family.groups for path in group.sinks}
-    widths = {path: checkpoint.shape(f"layers/0/{path}/kernel")[0] for path in sinks}
+    widths = {path: checkpoint.shape(f"layers/0/{path}/kernel")[-2] for path in sinks}
     return plan_layers(checkpoint.family, recipe, config.num_layers, widths, tie)
 
 
@@ -120,7 +121,8 @@ def _expected_bytes(checkpoint: HFCheckpoint, plans: tuple[LayerPlan, ...]) -> i
     for index, plan in enumerate(plans):
         for path, spec, _ in (row for group in plan.groups for row in group.quantized):
             name = f"layers/{index}/{path}/kernel"
-            k, n = checkpoint.shape(name)
+            *experts, k, n = checkpoint.shape(name)
+            n *= math.prod(experts)
             total += k * n // 2 + 3 * n * (k // spec.rows_per_group(k)) - checkpoint.stored_nbytes(name)
     return total
 
@@ -149,7 +151,7 @@ def _read_ahead(checkpoint: HFCheckpoint, start: int) -> Iterator[Any]:
 def _refuse_unusable(index: int, params: Any, outcome: LayerOutcome) -> None:
     """Stop at what would be silently wrong: taps that saw nothing, scales outside their dtype's range."""
     for tap, tokens in outcome.tokens.items():
-        if not float(tokens):
+        if not np.sum(tokens):
             raise ValueError(f"zero tokens were seen at layers/{index}/{tap}; nothing was measured there.")
     for path, leaf in leaves(params):
         if isinstance(leaf, QTensor):
@@ -261,6 +263,7 @@ def quantize_checkpoint(
             inputs=inputs,
             resumed_layers=resumed,
         )
+        report = dataclasses.replace(report, warnings=(*report.warnings, *report.starved))
         writer.write_text("awq_jax_report.json", report.to_json())
         writer.write_text("README.md", model_card(checkpoint.path.name, checkpoint.family.name, report))
     return report

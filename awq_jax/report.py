@@ -23,6 +23,8 @@ class LinearReport:
       reason: why it is less than the recipe asked for; empty if it is not.
       bits: width of the codes, 16 or 32 for float.
       group_size: rows per scale, 0 for float.
+      starved: experts that too few calibration tokens reached; they share the scale of their input with the others, and
+        their last linear is rounded to nearest.
     """
 
     path: str
@@ -30,6 +32,7 @@ class LinearReport:
     reason: str = ""
     bits: int = 4
     group_size: int = 128
+    starved: tuple[int, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -39,9 +42,9 @@ class GroupReport:
     Attributes:
       sinks: paths of the linears.
       producer: path of what absorbed the scale, or None.
-      rule: name of the winning rule.
-      power: its exponent on the activation statistic.
-      loss: objective of the winner; None if not finite.
+      rule: name of the winning rule; where each expert has its own scale, of how many of them.
+      power: its exponent on the activation statistic; the mean over experts.
+      loss: objective of the winner, summed over experts; None if not finite.
       rtn_loss: objective of identity.
       losses: objective of every candidate, in the order of ``SearchSpec.candidates``; null where not finite.
       written_loss: the linears' own output error after clipping and rounding, comparable with ``loss`` under the Gram
@@ -116,6 +119,12 @@ class Report:
     warnings: tuple[str, ...] = ()
     inputs: dict[str, str] = dataclasses.field(default_factory=dict)
     resumed_layers: int = 0
+
+    @property
+    def starved(self) -> tuple[str, ...]:
+        """A sentence for each weight whose experts saw too few tokens."""
+        weights = [linear for layer in self.layers for linear in layer.linears if linear.starved]
+        return tuple(f"{w.path}: experts {', '.join(map(str, w.starved))} saw too few tokens" for w in weights)
 
     @property
     def coverage(self) -> Counter[str]:
