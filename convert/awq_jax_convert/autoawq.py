@@ -19,10 +19,11 @@ from awq_jax_convert.safetensors_dir import TensorMeta
 from awq_jax_convert.scheme import Scheme
 from awq_jax_kernels.nibbles import pack_numpy, unpack_numpy
 
-__all__ = ["ORDER", "AutoAWQ", "decode", "encode", "pack", "unpack"]
+__all__ = ["ORDER", "VERSIONS", "AutoAWQ", "decode", "encode", "pack", "unpack"]
 
 ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 PARTS = ("qweight", "qzeros", "scales")
+VERSIONS = ("gemm", "gemv", "gemv_fast")
 _KEYS = {"quant_method", "bits", "w_bit", "group_size", "q_group_size", "zero_point", "version"}
 # Run-time choices of other loaders: they don't change what the bytes mean.
 _HARMLESS = {"modules_to_not_convert", "backend", "do_fuse", "modules_to_fuse", "fuse_max_seq_len", "exllama_config"}
@@ -147,7 +148,7 @@ class AutoAWQ:
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> "AutoAWQ":
-        """Read a ``quantization_config``, or the ``quant_config.json`` of older files.
+        """Read a ``quantization_config``, or the ``quant_config.json`` of older files; their version is not looked at.
 
         Raises:
           ValueError: an attribute, version, bit width or group size that is not known here.
@@ -156,8 +157,8 @@ class AutoAWQ:
         if unknown:
             raise ValueError(f"quantization_config has attributes that are not understood: {', '.join(unknown)}.")
         version, bits = config.get("version", "gemm"), config.get("bits", config.get("w_bit"))
-        if not isinstance(version, str) or version.lower() != "gemm":
-            raise ValueError(f"AWQ version {version!r} is not read; 'gemm' is. Convert it with AutoAWQ first.")
+        if not isinstance(version, str) or version.lower() not in VERSIONS:
+            raise ValueError(f"AWQ version {version!r} is not read; {', '.join(VERSIONS)} are.")
         if type(bits) is not int or bits != 4:
             raise ValueError(f"AWQ with bits={bits!r} is not read; 4 is.")
         group = config.get("group_size", config.get("q_group_size"))

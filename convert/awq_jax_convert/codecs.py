@@ -5,14 +5,30 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from awq_jax_convert.autoawq import AutoAWQ
+from awq_jax_convert.awq_gemv import AWQFast, AWQGemv
 from awq_jax_convert.codec import Codec
 from awq_jax_convert.compressed_tensors import CompressedTensors
+from awq_jax_convert.gptq import GPTQ
 
 __all__ = ["codec_of"]
 
+
+def _awq(config: Mapping[str, Any]) -> Codec:
+    """AWQ's files by their version; llm-awq's own are what AutoAWQ calls gemv_fast."""
+    found = AutoAWQ.from_config(config)
+    version = str(config.get("version", "gemm")).lower()
+    if version == "gemm":
+        return found
+    if found.group_size == -1:
+        raise ValueError(f"AWQ version {version!r} with group_size=-1 is not read.")
+    fast = version == "gemv_fast" or config.get("backend") == "llm-awq"
+    return AWQFast(found.group_size) if fast else AWQGemv(found.group_size)
+
+
 _FORMATS: dict[str, Callable[[Mapping[str, Any]], Codec]] = {
-    "awq": AutoAWQ.from_config,
+    "awq": _awq,
     "compressed-tensors": CompressedTensors.from_config,
+    "gptq": GPTQ.from_config,
 }
 
 

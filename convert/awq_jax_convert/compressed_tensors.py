@@ -19,35 +19,14 @@ from awq_jax_convert.compressed_tensors_config import ConfigGroup, groups_of, re
 from awq_jax_convert.safetensors_dir import TensorMeta
 from awq_jax_convert.safetensors_header import FLOATS
 from awq_jax_convert.scheme import Scheme
-from awq_jax_convert.words import nibble_bytes, pack_words, unpack_words, widths
-from awq_jax_kernels.nibbles import pack_numpy, unpack_numpy
+from awq_jax_convert.stored import weight_of
+from awq_jax_convert.words import pack_words, unpack_words, widths
+from awq_jax_kernels.nibbles import unpack_numpy
 
 __all__ = ["CompressedTensors", "decode", "encode"]
 
 PACKED, SCALE, ZERO, SHAPE = "weight_packed", "weight_scale", "weight_zero_point", "weight_shape"
 G_IDX = "weight_g_idx"
-
-
-def _canonical(words: np.ndarray, bits: int, k: int, *, symmetric: bool) -> np.ndarray:
-    """``[n, w]`` words to our packed bytes ``[k/2, n]``."""
-    if bits == 4 and k % 8 == 0:
-        return np.ascontiguousarray(nibble_bytes(words).T ^ 0x88).view(np.int8)
-    codes = np.ascontiguousarray(unpack_words(words, bits, k).T)
-    return pack_numpy(codes + np.uint8(8 - 2 ** (bits - 1)) if symmetric else codes)
-
-
-def _zeros(words: np.ndarray, bits: int, n: int) -> np.ndarray:
-    """``[w, k/g]`` words, packed along the outputs, to zero codes ``[k/g, n]``."""
-    return np.ascontiguousarray(unpack_words(np.ascontiguousarray(words.T), bits, n))
-
-
-def _dense(parts: Mapping[str, np.ndarray], bits: int, n: int, k: int) -> np.ndarray:
-    """float32 ``[k, n]``, which holds a code times a scale of 16 bits exactly."""
-    codes = unpack_words(parts[PACKED], bits, k).T.astype(np.float32)
-    scale = parts[SCALE].T.astype(np.float32)
-    zero = _zeros(parts[ZERO], bits, n).astype(np.float32) if ZERO in parts else np.full_like(scale, 2 ** (bits - 1))
-    grouped = codes.reshape(len(scale), -1, n)
-    return ((grouped - zero[:, None]) * scale[:, None]).reshape(k, n)
 
 
 def decode(name: str, parts: Mapping[str, np.ndarray], scheme: Scheme) -> QTensor | np.ndarray:
@@ -66,14 +45,10 @@ def decode(name: str, parts: Mapping[str, np.ndarray], scheme: Scheme) -> QTenso
     if parts[SHAPE].tolist() != [n, k]:
         raise ValueError(f"weight_shape of {name!r} says {parts[SHAPE].tolist()}, its tensors are of [{n}, {k}].")
     refuse_damaged_scales(name, parts[SCALE])
-    if scheme.bits > 4:
-        return _dense(parts, scheme.bits, n, k)
-    return QTensor(
-        packed=_canonical(parts[PACKED], scheme.bits, k, symmetric=scheme.symmetric),
-        scale=np.ascontiguousarray(parts[SCALE].T),
-        zero=None if scheme.symmetric else _zeros(parts[ZERO], scheme.bits, n).astype(np.int8),
-        bits=scheme.bits,
-    )
+    zero = None
+    if not scheme.symmetric:
+        zero = unpack_words(np.ascontiguousarray(parts[ZERO].T), scheme.bits, n)
+    return weight_of(parts[PACKED], parts[SCALE].T, zero, bits=scheme.bits, k=k)
 
 
 def encode(name: str, weight: QTensor, *, symmetric: bool) -> dict[str, np.ndarray]:

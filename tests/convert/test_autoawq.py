@@ -117,7 +117,7 @@ def test_config_round_trip():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"version": "gemv"}, "AWQ version 'gemv' is not read; 'gemm' is"),
+        ({"version": "gemm2"}, "AWQ version 'gemm2' is not read; gemm, gemv"),
         ({"version": "marlin"}, "version 'marlin'"),
         ({"version": None}, "version None"),
         ({"bits": 3}, "bits=3 is not read; 4 is"),
@@ -125,7 +125,7 @@ def test_config_round_trip():
         ({"group_size": 0}, "group_size=0 is not read"),
         ({"group_size": "128"}, "group_size='128'"),
         ({"act_order": True}, "not understood: act_order"),
-        ({"quant_method": "gptq"}, "quantized with 'gptq', which is not read; read are awq"),
+        ({"quant_method": "aqlm"}, "quantized with 'aqlm', which is not read; read are awq"),
         ({"quant_method": None}, "quantized with None"),
     ],
 )

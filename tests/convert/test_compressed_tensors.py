@@ -101,9 +101,8 @@ def test_what_is_stored_is_the_code_above_the_middle(rng, symmetric):
     """By the format's own definition: ``w = (packed - 2**(b-1) - zero) * scale`` with zero stored the same way."""
     weight = some_weight(rng, 2, 3, symmetric, np.float32, 16)
     parts = parts_of(encode("m", weight, symmetric=symmetric))
-    codes = (parts["weight_packed"].view(np.uint32)[..., None] >> np.arange(0, 32, 2, dtype=np.uint32) & 3).reshape(
-        16, 48
-    )
+    places = np.arange(0, 32, 2, dtype=np.uint32)
+    codes = (parts["weight_packed"].view(np.uint32)[..., None] >> places & 3).reshape(16, 48)
     zero = np.zeros((16, 3))
     if not symmetric:
         words = np.ascontiguousarray(parts["weight_zero_point"].T).view(np.uint32)

@@ -149,8 +149,8 @@ def test_buffers_of_old_checkpoints_are_known_and_unused(directory):
         ({"num_hidden_layers": 4000}, "the config claims 4000 layers, the checkpoint has 21 tensors"),
         ({"architectures": ["MambaForCausalLM"]}, "architecture 'MambaForCausalLM' is not supported; these are: Llama"),
         (
-            {"quantization_config": {"quant_method": "gptq", "bits": 4}},
-            "quantized with 'gptq', which is not read; read are",
+            {"quantization_config": {"quant_method": "aqlm", "bits": 4}},
+            "quantized with 'aqlm', which is not read; read are",
         ),
         ({"quantization_config": "awq"}, "quantized with None, which is not read"),
     ],
