@@ -11,7 +11,7 @@ from awq_jax._version import __version__
 
 __all__ = ["main"]
 
-COMMANDS = ("quantize", "convert", "eval", "generate", "inspect", "serve", "chat", "export", "demo")
+COMMANDS = ("quantize", "convert", "eval", "generate", "inspect", "families", "serve", "chat", "export", "demo")
 
 DESCRIPTION = """\
 Quantize language models to INT4 in JAX, and run them.
@@ -24,6 +24,7 @@ Quantize language models to INT4 in JAX, and run them.
   awq-jax chat OUT                                  talk to it; `awq-jax serve OUT` does so over HTTP
   awq-jax export OUT DIR --platform tpu             prefill and decode as artefacts for elsewhere
   awq-jax inspect OUT                               what is in a checkpoint, layer by layer
+  awq-jax families                                  which models, and what each scale folds into
 """
 
 
