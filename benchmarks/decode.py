@@ -12,8 +12,8 @@ time of one depth is the sum over the operations of the compiled step, one after
 * a scatter into the cache, of which XLA gives no estimate, by one latency of 600 cycles for each row.
 
 The bound is a bfloat16 model's with a bfloat16 cache of the same context, which no program reaches: the bytes of
-weights and cache over the bandwidth, or the products at the peak rate. ``--memory`` compiles decode of all layers, eight
-tokens to a dispatch, and says what it holds in HBM.
+weights and cache over the bandwidth, or the products at the peak rate. ``--memory`` compiles decode of all layers,
+eight tokens to a dispatch, and says what it holds in HBM.
 """
 
 import argparse
@@ -173,7 +173,8 @@ def compile_here(case: dict[str, Any], layers: int, steps: int, out: str) -> Non
 def xla_time(hlo: str, tpu: Any, batch: int) -> tuple[float, float, int]:
     """Microseconds of all operations but kernels; XLA's charge of 2,100 cycles for starting each; how many there are.
 
-    Bytes are those of operands and results outside VMEM; asynchronous copies into it count where they start.
+    Bytes are those of operands and results outside VMEM. Of the copies into it that run beside other work, those of the
+    cache count in full.
     """
     shapes: dict[str, float] = {}
     total = floor = 0.0
@@ -194,9 +195,9 @@ def xla_time(hlo: str, tpu: Any, batch: int) -> tuple[float, float, int]:
         else:
             operands = re.findall(r"%[\w.\-]+", rest.split("), ")[0])
             hbm = shapes[name] + sum(shapes.get(operand, 0.0) for operand in operands)
-        if kind == "copy-start":
-            hbm = shapes[name]
-        if not cycles and kind not in ("copy-start", "copy"):
+        if kind.endswith("-start"):  # weights on their way to a kernel are in the kernel's own figure
+            hbm = in_hbm(result) if re.search(r"\[\d+,\d+,\d+,\d+\]", result) else 0.0
+        elif not cycles and kind != "copy":
             continue
         total += max(cycles / tpu.clock_ghz, hbm / tpu.hbm_gb_s) / 1e3
         if estimate and cycles >= 2100:

@@ -7,7 +7,7 @@ import json
 import os
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.export
@@ -34,7 +34,7 @@ def export(
     directory: str | os.PathLike[str],
     out: str | os.PathLike[str],
     *,
-    platform: Literal["tpu", "cuda", "cpu"],
+    platform: str,
     batch: int = 8,
     max_len: int = 1024,
     steps: int = 8,

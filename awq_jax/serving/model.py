@@ -50,7 +50,7 @@ def serving_decoder(config: DecoderConfig, params: Mapping[str, Any], axis: str 
         model = Decoder(config, rngs=nnx.Rngs(0))
         if "lm_head" in params:  # its own, a quantized copy of a tied embedding, or one share of it
             columns = params["lm_head"]["kernel"].shape[-1]
-            model.lm_head = _linear(config.hidden_size, columns, bias=False)
+            model.lm_head = nnx.data(_linear(config.hidden_size, columns, bias=False))
         for index, layer in enumerate(model.layers):
             for module, name, parts in fused[index]:
                 owner: Any = getattr(layer, module)
