@@ -71,8 +71,8 @@ def by_architecture(architecture: str, hf: Mapping[str, Any] | None = None) -> F
         known = ", ".join(dict.fromkeys(name for family in FAMILIES.values() for name in family.architectures))
         raise ValueError(
             f"architecture {architecture!r} is not supported; these are: {known}. A decoder-only model of the same "
-            "mechanisms needs a table in awq_jax/families, about twenty lines: docs/families.md tells how to write it, and "
-            "`awq-jax families` lists the tables there are."
+            "mechanisms needs a table in awq_jax/families, about twenty lines: docs/families.md tells how to write it, "
+            "and `awq-jax families` lists the tables there are."
         )
     for family in serving:
         said = {**dict(family.defaults), **(hf or {})}
