@@ -8,6 +8,7 @@ from typing import Any
 from awq_jax._files import read_json
 from awq_jax.families import Family, by_architecture
 from awq_jax.models import DecoderConfig, config_from_hf
+from awq_jax_convert.pickles import refuse_pickle
 
 __all__ = ["CONFIG", "HFConfig", "public_config", "read_config"]
 
@@ -20,7 +21,7 @@ class HFConfig:
 
     Attributes:
       raw: as it is, without what `public_config` drops and without ``quantization_config``.
-      quantization: its ``quantization_config``, None for a dense checkpoint.
+      quantization: its ``quantization_config``, or what an older file beside it says; None for a dense checkpoint.
       family: the table that maps the checkpoint's names.
       decoder: the config of our decoder.
     """
@@ -59,6 +60,14 @@ def public_config(config: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in config.items() if key != "auto_map" and not key.startswith("_")}
 
 
+def _beside(directory: Path) -> dict[str, Any] | None:
+    """What files beside config.json say of a quantization: AutoAWQ's of 2023, and ModelOpt's."""
+    for method, name in (("awq", "quant_config.json"), ("modelopt", "hf_quant_config.json")):
+        if (directory / name).is_file():
+            return {"quant_method": method, **read_json(directory, name)}
+    return None
+
+
 def read_config(directory: Path, family: Family | None = None) -> HFConfig:
     """Read and understand ``config.json``.
 
@@ -70,10 +79,11 @@ def read_config(directory: Path, family: Family | None = None) -> HFConfig:
       FileNotFoundError: no such directory or file.
       ValueError: not JSON, an unknown architecture, or an attribute that is not understood.
     """
+    refuse_pickle(directory)
     if not directory.is_dir():
         raise FileNotFoundError(f"{directory} is not a directory; download the checkpoint and give its local path.")
     raw = public_config(read_json(directory, CONFIG))
-    quantization = raw.pop("quantization_config", None)
+    quantization = raw.pop("quantization_config", None) or _beside(directory)
     named = raw.get("architectures")
     if family is None:
         if not isinstance(named, list) or len(named) != 1 or not isinstance(named[0], str):

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import numpy as np
 
 from awq_jax._files import read_json, resolve_inside
+from awq_jax_convert.pickles import refuse_pickles
 from awq_jax_convert.safetensors_header import DTYPES, TensorInfo, read_header
 
 __all__ = ["INDEX", "SINGLE", "SafetensorsDir", "TensorMeta"]
@@ -18,7 +19,6 @@ __all__ = ["INDEX", "SINGLE", "SafetensorsDir", "TensorMeta"]
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 _SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
-_FOREIGN = (".bin", ".pt", ".pth", ".ckpt", ".msgpack", ".h5", ".pkl")
 _CHUNK = 1 << 28  # one pread; Linux caps it near 2 GiB
 
 
@@ -30,22 +30,12 @@ class TensorMeta(NamedTuple):
     nbytes: int
 
 
-def _refuse_foreign(directory: Path) -> None:
-    found = sorted(p.name for p in directory.iterdir() if p.suffix in _FOREIGN)
-    if found:
-        raise ValueError(
-            f"{directory} has no {SINGLE}, only {', '.join(found[:5])}: pickled weights can run code and are never "
-            "opened. Convert them where you trust them, for example with transformers: "
-            "`AutoModelForCausalLM.from_pretrained(src).save_pretrained(dst)` writes safetensors."
-        )
-    raise FileNotFoundError(f"{directory} has neither {SINGLE} nor {INDEX}; download the checkpoint again.")
-
-
 def _weight_map(directory: Path) -> dict[str, str] | None:
     """tensor -> file name, as the index says; None for a checkpoint of one file."""
     single, index = (directory / SINGLE).exists(), (directory / INDEX).exists()
     if not single and not index:
-        _refuse_foreign(directory)
+        refuse_pickles(directory)
+        raise FileNotFoundError(f"{directory} has neither {SINGLE} nor {INDEX}; download the checkpoint again.")
     if not index:
         return None
     found = read_json(directory, INDEX).get("weight_map")

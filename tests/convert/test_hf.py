@@ -240,3 +240,28 @@ def test_a_directory_that_is_not_there(tmp_path, path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(FileNotFoundError, match=r"is not a directory|has no file 'config.json'"):
         HFCheckpoint.open(tmp_path / path)
+
+
+@pytest.mark.parametrize("suffix", [".pt", ".bin", ".pkl"])
+def test_a_pickle_is_named_and_not_opened(tmp_path, suffix):
+    path = tmp_path / f"awq_results{suffix}"
+    path.write_bytes(b"cos\nsystem\n(S'false'\ntR.")
+    with pytest.raises(ValueError, match=r"is a pickle, which can run code and is never opened.*`awq-jax quantize`"):
+        HFCheckpoint.open(path)
+
+
+def test_autoawqs_older_file_beside_the_config(awq):
+    directory, weight = awq
+    del directory.config["quantization_config"]
+    directory.path.mkdir()
+    older = {"w_bit": 4, "q_group_size": 8, "zero_point": True, "version": "GEMM"}
+    (directory.path / "quant_config.json").write_text(json.dumps(older))
+    found = get(directory.open().params(), "layers/1/mlp/down/kernel")
+    jax.tree.map(np.testing.assert_array_equal, found, weight)
+
+
+def test_modelopt_is_refused_by_name(directory):
+    directory.path.mkdir()
+    (directory.path / "hf_quant_config.json").write_text('{"quantization": {"quant_algo": "W4A16_AWQ"}}')
+    with pytest.raises(ValueError, match="quantized with 'modelopt', which is not read"):
+        directory.open()
