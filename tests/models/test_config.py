@@ -7,7 +7,7 @@ import sys
 import pytest
 import transformers
 
-from awq_jax.families import FAMILIES
+from awq_jax.families import FAMILIES, by_architecture
 from awq_jax.models import config_from_hf
 from awq_jax.models.rope_scaling import RopeScaling
 from awq_jax_convert.hf_config import read_config
@@ -135,6 +135,18 @@ def test_private_attributes_are_nobodys_business():
             "has partial_rotary_factor",
         ),
         ("llama", {"rope_scaling": "linear"}, "rope_scaling is 'linear'; it must be an object"),
+        ("gemma2", {"layer_types": ["full_attention"]}, "1 layer_types for 2 layers"),
+        ("gemma2", {"layer_types": ["chunked_attention"] * 2}, "layer_types has other entries"),
+        ("gemma2", {"final_logit_softcapping": -1.0}, "logit_softcap is -1.0; it must be a positive number"),
+        ("gemma2", {"hidden_activation": "xielu"}, "hidden_activation is 'xielu'; family 'gemma2' implements 'silu', "),
+        ("gemma3_text", {"attn_logit_softcapping": 50.0}, "attn_logit_softcapping is 50.0; .* implements None only"),
+        ("phi3", {"partial_rotary_factor": 0.375}, "an even number of them"),
+        ("phi3", {"partial_rotary_factor": "half"}, "partial_rotary_factor is 'half'; it must be a number"),
+        ("stablelm", {"use_parallel_residual": True}, "use_parallel_residual is True"),
+        ("mixtral", {"num_local_experts": 2, "num_experts_per_tok": 3}, "3 of 2 experts"),
+        ("mixtral", {"num_local_experts": 1 << 20}, "num_experts is 1048576; it must be a whole number"),
+        ("qwen3_moe", {"mlp_only_layers": [0]}, r"mlp_only_layers is \[0\]"),
+        ("qwen2_moe", {"decoder_sparse_step": 2}, "decoder_sparse_step is 2"),
     ],
     ids=lambda value: str(value)[:60] if isinstance(value, dict) else None,
 )
@@ -149,6 +161,26 @@ def test_missing_sizes_are_named(name, null):
     hf = {**SMALL, name: None} if null else {k: v for k, v in SMALL.items() if k != name}
     with pytest.raises(ValueError, match=f"'{name}' is missing, and family 'llama' needs it"):
         config_from_hf(FAMILIES["llama"], hf)
+
+
+@pytest.mark.parametrize("said", [{"alibi": True}, {"parallel_attn": False}, {"multi_query": False}])
+def test_a_kind_of_falcon_that_no_table_serves_is_refused(said):
+    assert by_architecture("FalconForCausalLM", {}).name == "falcon"
+    assert by_architecture("FalconForCausalLM", {"new_decoder_architecture": True}).name == "falcon-new"
+    with pytest.raises(ValueError, match=r"'FalconForCausalLM' is supported where config\.json has one of: new_"):
+        by_architecture("FalconForCausalLM", said)
+
+
+def test_layers_get_their_own_window_and_rotation():
+    row = next(row for row in TINY if row.id == "gemma3_text-two-rotations")
+    whole = config_from_hf(
+        FAMILIES[row.family], transformers.AutoConfig.for_model(row.family, **row.arguments).to_dict()
+    )
+    inside, outside = whole.of_layer(0), whole.of_layer(1)
+    assert (inside.sliding_window, inside.rope_theta, inside.rope_scaling) == (5, 100.0, None)
+    assert (outside.sliding_window, outside.rope_theta) == (None, 5000.0)
+    assert outside.rope_scaling == RopeScaling(kind="linear", factor=2.0)
+    assert llama().of_layer(1) == llama()
 
 
 def test_code_that_a_config_names_is_never_run_nor_passed_on(tmp_path):
