@@ -195,6 +195,15 @@ class Engine:
             self._take(row, [token for token in tokens if token != NOTHING])
         return True
 
+    def compile(self) -> None:
+        """Compile every bucket now, so that no request waits for it; to be called while no request is under way."""
+        nothing = start_of(Request(prompt=(0,), max_new_tokens=1))  # one token, and the row is idle again
+        one, row = np.ones((1,), np.int32), np.zeros((1,), np.int32)
+        for bucket in self.buckets:
+            tokens = np.zeros((1, bucket), np.int32)
+            self._state, _ = self._prefill(self.params, self._state, tokens, one, row, nothing)
+            self._state, _ = self._decode(self.params, self._state, steps=self.steps, span=bucket)
+
     def fail(self, reason: BaseException) -> None:
         """End every request after an error of the device; the slots start anew."""
         with self._lock:

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from awq_jax.serving.engine import Engine, Request
+from awq_jax.serving.engine import Engine
 from awq_jax.serving.load import load
 from awq_jax.serving.template import ChatTemplate
 from awq_jax.serving.worker import Worker
@@ -96,7 +96,7 @@ def serve(
         listening.bind(("127.0.0.1", port))  # first: a taken port is found before minutes of loading
         engine, tokenizer, stops = engine_of(directory, **options)
         template = ChatTemplate.of_checkpoint(directory, chat_template)
-        engine.generate([Request(prompt=(0,), max_new_tokens=2)])  # compiles before the first client waits for it
+        engine.compile()  # before the first client waits for it
         served = Served(
             name=name or directory.resolve().name,
             worker=Worker(engine),

@@ -266,6 +266,15 @@ def test_a_failing_step_ends_its_requests_and_no_others(running, offline):
     assert running.post(ask(TEXTS[5]))[1]["choices"][0]["text"] == offline[TEXTS[5]]
 
 
+def test_nothing_is_compiled_once_all_is(engine, prompts):
+    ready = engine()
+    ready.compile()
+    programs = ready._prefill, ready._decode
+    before = [program._cache_size() for program in programs]
+    requests = [Request(prompt=prompt, max_new_tokens=n) for prompt, n in zip(prompts, (1, 40, 7, 20), strict=True)]
+    assert all(ready.generate(requests)) and [program._cache_size() for program in programs] == before
+
+
 def test_shutting_down_finishes_what_is_under_way(engine, served):
     import dataclasses
 
