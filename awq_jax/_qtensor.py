@@ -79,7 +79,8 @@ def matmul(x: Array, weight: QTensor | Array) -> Array:
       weight: ``[k, n]``.
 
     Returns:
-      ``[..., n]`` in the dtype of x.
+      ``[..., n]`` in the dtype of x. Differentiable in x, in reverse mode alone: `jax.jvp` and `jax.jacfwd` raise. A
+      quantized weight is frozen: codes get float0, and the scale gets zero (`awq_jax.train.learned` trains it).
     """
     if isinstance(weight, QTensor):
         return int4_matmul(x, weight.packed, weight.scale, weight.zero)
