@@ -41,7 +41,7 @@ def serving_decoder(config: DecoderConfig, params: Mapping[str, Any], axis: str 
       ValueError: parameters and config disagree.
     """
     fused = [
-        [(module, name, parts) for module, name, parts in FUSED if name in params["layers"][str(index)][module]]
+        [(module, name, parts) for module, name, parts in FUSED if name in params["layers"][str(index)].get(module, {})]
         for index in range(config.num_layers)
     ]
     widths: dict[tuple[int, str], list[int]] = {}
