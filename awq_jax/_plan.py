@@ -34,7 +34,6 @@ class GroupPlan:
         rows = zip(self.group.sinks, self.specs, self.clip, strict=True)
         return tuple((path, spec, clip) for path, spec, clip in rows if spec is not None)
 
-
     def of_one_expert(self) -> "GroupPlan":
         """The plan of a group in which each expert has its own scale, for one of them."""
         return dataclasses.replace(self, group=dataclasses.replace(self.group, per_expert=False))
@@ -103,8 +102,14 @@ def plan_layers(
       tie: the model's grouped-query attention, for groups that ask for it.
 
     Raises:
-      ValueError: a group size does not divide a width, or an override matches no weight.
+      ValueError: a group size does not divide a width, an override matches no weight, or a mixture of experts is to be
+        quantized on inputs that pass through quantized layers.
     """
+    if recipe.propagate == "quantized" and any(group.per_expert for group in family.groups):
+        raise ValueError(
+            f"family {family.name!r} has experts, and quantized layers before a router change which of them a token "
+            "reaches: propagate='quantized' is not implemented for it. Use 'dense'."
+        )
     used: set[str] = set()
     plans = []
     for index in range(layers):

@@ -1,4 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
+import dataclasses
+
 import pytest
 
 from awq_jax import QuantSpec, Recipe, Tie, plan_layers
@@ -46,3 +48,12 @@ def test_refusals():
         plan_layers(TABLE, Recipe(overrides=(("layers/*/mlp", None),)), 2, WIDTHS)
     with pytest.raises(ValueError, match=r"'layers/0/o/kernel': its contraction dimension 96 .* group_size=128"):
         plan_layers(TABLE, Recipe(), 2, {**WIDTHS, "o": 96})
+
+
+def test_experts_are_not_quantized_on_what_quantized_layers_send_them():
+    experts = dataclasses.replace(
+        TABLE, groups=(*TABLE.groups[:1], dataclasses.replace(TABLE.groups[1], per_expert=True))
+    )
+    with pytest.raises(ValueError, match="has experts, .* propagate='quantized' is not implemented"):
+        plan_layers(experts, Recipe(propagate="quantized"), 2, WIDTHS)
+    assert plan_layers(experts, Recipe(), 2, WIDTHS)
