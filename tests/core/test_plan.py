@@ -54,6 +54,6 @@ def test_experts_are_not_quantized_on_what_quantized_layers_send_them():
     experts = dataclasses.replace(
         TABLE, groups=(*TABLE.groups[:1], dataclasses.replace(TABLE.groups[1], per_expert=True))
     )
-    with pytest.raises(ValueError, match="has experts, .* propagate='quantized' is not implemented"):
+    with pytest.raises(ValueError, match=r"has experts, .* propagate='quantized' is not implemented"):
         plan_layers(experts, Recipe(propagate="quantized"), 2, WIDTHS)
     assert plan_layers(experts, Recipe(), 2, WIDTHS)
