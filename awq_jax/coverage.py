@@ -14,6 +14,8 @@ from awq_jax.report import GroupReport, LayerReport, LinearReport, Method
 
 __all__ = ["layer_report"]
 
+_BINS = 128  # channels of a group that a report shows
+
 
 def _reason(plan: GroupPlan, layer: LayerPlan, tap: str, *, finite: bool, fell_back: bool, winner: str) -> str:
     """Why a quantized group has less than its recipe asked for; empty if it has all."""
@@ -71,18 +73,30 @@ def _linears(
             )
 
 
-def _group(index: int, plan: GroupPlan, result: ScaleResult, written: Any, rule: str, power: float) -> GroupReport:
-    producer, each = plan.group.producer, np.atleast_2d(result.losses)  # of every expert
-    losses = each.sum(0)
+def _thinned(magnitudes: np.ndarray) -> dict[str, Any]:
+    """At most `_BINS` channels of ``[3, k]``, so that a report does not grow with the model's width."""
+    activation = np.where(np.isnan(magnitudes[0]), 0.0, magnitudes[0])
+    bins = np.array_split(np.arange(activation.size), min(_BINS, activation.size))
+    channels = [int(part[activation[part].argmax()]) for part in bins]
+    row = lambda values: tuple(_finite(float(f"{values[c]:.4g}")) for c in channels)
+    names = ("activation", "weight", "scale")
+    return {"channels": tuple(channels), **{name: row(values) for name, values in zip(names, magnitudes, strict=True)}}
+
+
+def _group(
+    index: int, plan: GroupPlan, result: ScaleResult, written: Any, magnitudes: Any, rule: str, power: float
+) -> GroupReport:
+    producer, losses = plan.group.producer, np.asarray(result.losses)
     return GroupReport(
         sinks=tuple(f"layers/{index}/{path}" for path in plan.group.sinks),
         producer=f"layers/{index}/{producer.path}" if producer else None,
         rule=rule,
         power=power,
-        loss=_finite(each.min(1).sum()),
+        loss=_finite(losses.min()),
         rtn_loss=_finite(losses[0]),
         losses=tuple(map(_finite, losses)),
         written_loss=_finite(written),
+        **_thinned(np.asarray(magnitudes)),
     )
 
 
@@ -98,14 +112,15 @@ def layer_report(index: int, plan: LayerPlan, outcome: LayerOutcome) -> LayerRep
     groups: list[GroupReport] = []
     linears: list[LinearReport] = []
     layer = outcome.layer
-    for group, result, written in zip(plan.groups, layer.results, layer.losses, strict=True):
+    rows = zip(plan.groups, layer.results, layer.losses, outcome.magnitudes, strict=True)
+    for group, result, written, magnitudes in rows:
         winner, power, finite, tap, starved = "identity", 0.0, True, group.group.sinks[0], ()
         if result is not None:
             winner, power = _winner(result, plan)
             finite = bool(outcome.finite[tap])
             if group.group.per_expert:
                 starved = tuple(np.flatnonzero(outcome.tokens[tap] < plan.search.expert_tokens).tolist())
-            groups.append(_group(index, group, result, written, winner, power))
+            groups.append(_group(index, group, result, written, magnitudes, winner, power))
         tap = f"layers/{index}/{tap}"
         method = _method(plan, finite=finite, fell_back=fell_back, winner=winner)
         reason = _reason(group, plan, tap, finite=finite, fell_back=fell_back, winner=winner)

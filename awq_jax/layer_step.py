@@ -40,6 +40,7 @@ class LayerOutcome:
       rtn_error: the same for round to nearest.
       finite: whether every statistic of every tap was finite, by tap.
       tokens: counted by the taps.
+      magnitudes: by group ``[3, k]``: mean |x|, mean |w| and scale of every channel; None where nothing is quantized.
     """
 
     layer: Any
@@ -49,6 +50,7 @@ class LayerOutcome:
     rtn_error: Any
     finite: Any
     tokens: Any
+    magnitudes: Any
 
 
 def _observer(config: DecoderConfig, plan: LayerPlan, tokens: int) -> Callable[[Params, Any], Any]:
@@ -96,6 +98,19 @@ def _block_loss(
     return of_group
 
 
+def _magnitudes(params: Params, stats: dict[str, ActStats], plan: LayerPlan, results: Any) -> tuple[Any, ...]:
+    """By group and channel, ``[3, k]``: mean |x|, mean |w| over the outputs, and the scale that was chosen."""
+
+    def of_group(group: GroupPlan, result: Any) -> Array | None:
+        if result is None:
+            return None
+        weights = [jnp.abs(get(params, path)["kernel"]) for path, _, _ in group.quantized]
+        rows = group.tie.spread(result.scale) if group.tie else result.scale
+        return jnp.stack([stats[group.group.sinks[0]].abs_mean, jnp.concatenate(weights, axis=1).mean(1), rows])
+
+    return tuple(of_group(group, result) for group, result in zip(plan.groups, results, strict=True))
+
+
 def _relative_errors(
     config: DecoderConfig, versions: list[Params], hidden: Array, stream: Array, target: Array, mask: Array
 ) -> list[Array]:
@@ -141,7 +156,7 @@ def quantize_and_measure(
         assert stream is not None
         stats, _ = calibrate(_observer(config, plan, tokens), params, (stream, mask), has_aux=True)
         outputs = forward(params, hidden)
-        reobserve = reobserver(config, plan, hidden, stream, mask, tokens)
+        reobserve = reobserver(config, hidden, stream, mask)
     else:
         stats, outputs = calibrate(_observer(config, plan, tokens), params, (hidden, mask), has_aux=True)
         stream, reobserve = hidden, None
@@ -162,4 +177,5 @@ def quantize_and_measure(
         rtn_error=rtn_error,
         finite=finite,
         tokens={tap: s.count for tap, s in stats.items()},
+        magnitudes=_magnitudes(params, stats, plan, searched.results),
     )

@@ -26,6 +26,7 @@ from awq_jax.coverage import layer_report
 from awq_jax.layer_step import LayerOutcome, quantize_and_measure
 from awq_jax.model_card import model_card
 from awq_jax.models.functional import embed
+from awq_jax.pages import quantization_page
 from awq_jax.report import LayerReport, LinearReport, Report
 from awq_jax.resume import Session, fingerprint, resuming
 from awq_jax.stdlib_text import documentation
@@ -265,6 +266,7 @@ def quantize_checkpoint(
         )
         report = dataclasses.replace(report, warnings=(*report.warnings, *report.starved))
         writer.write_text("awq_jax_report.json", report.to_json())
+        writer.write_text("awq_jax_report.html", quantization_page(checkpoint.path.name, report.to_dict()))
         writer.write_text("README.md", model_card(checkpoint.path.name, checkpoint.family.name, report))
     return report
 

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from awq_jax._plan import GroupPlan, LayerPlan
+from awq_jax._plan import GroupPlan
 from awq_jax._qtensor import QTensor, dequantize
 from awq_jax.methods.drift import Drift, merge_drift, observe_drift
 from awq_jax.models.config import DecoderConfig
@@ -26,21 +26,18 @@ def unpacked(params: Params) -> Params:
 
 
 def reobserver(
-    config: DecoderConfig, plan: LayerPlan, hidden: Array, stream: Array, mask: Array, tokens: int
+    config: DecoderConfig, hidden: Array, stream: Array, mask: Array
 ) -> Callable[[Params, Params, GroupPlan], Drift]:
     """What reaches a group's linears once the groups before it are quantized, beside the float model's inputs.
 
     Args:
       config: of the model.
-      plan: of the layer.
       hidden: the layer's inputs in the float model, ``[chunks, b, t, d]``.
       stream: its inputs in the quantized model.
       mask: ``[chunks, b, t]``.
-      tokens: how many of the mask are True.
 
     Returns:
-      ``(folded float parameters, parameters so far quantized, group) -> Drift``. Of long calibration texts every s-th
-      chunk is taken, as many as `SearchSpec.stride` asks for.
+      ``(folded float parameters, parameters so far quantized, group) -> Drift``.
     """
 
     def of_group(folded: Params, done: Params, group: GroupPlan) -> Drift:
@@ -55,9 +52,8 @@ def reobserver(
             h, s, keep = chunk
             return observe_drift(at_tap(folded, h), at_tap(done, s), keep)
 
-        k = jax.eval_shape(at_tap, folded, hidden[0]).shape[-1]
-        stride = min(plan.search.stride(tokens, k), len(hidden))
-        chunks = (hidden[::stride], stream[::stride], mask[::stride])
+        # Every token is taken: with 16 a channel, enough for the search, the solution fits their noise and KL rises.
+        chunks = (hidden, stream, mask)
         shapes = jax.eval_shape(observe, jax.tree.map(lambda leaf: leaf[0], chunks))
         zero = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
         total, _ = jax.lax.scan(lambda total, chunk: (merge_drift(total, observe(chunk)), None), zero, chunks)

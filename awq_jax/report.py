@@ -49,6 +49,11 @@ class GroupReport:
       losses: objective of every candidate, in the order of ``SearchSpec.candidates``; null where not finite.
       written_loss: the linears' own output error after clipping and rounding, comparable with ``loss`` under the Gram
         objective; None if not finite.
+      channels: which channels the next three describe: of long inputs the one with the largest activation out of each
+        bin of neighbours.
+      activation: mean |x| of these channels on the calibration text.
+      weight: mean |w| of these rows over the outputs.
+      scale: what these rows were multiplied by.
     """
 
     sinks: tuple[str, ...]
@@ -59,6 +64,10 @@ class GroupReport:
     rtn_loss: float | None
     losses: tuple[float | None, ...]
     written_loss: float | None = None
+    channels: tuple[int, ...] = ()
+    activation: tuple[float | None, ...] = ()
+    weight: tuple[float | None, ...] = ()
+    scale: tuple[float | None, ...] = ()
 
     @property
     def gain(self) -> float | None:

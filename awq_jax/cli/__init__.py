@@ -11,7 +11,19 @@ from awq_jax._version import __version__
 
 __all__ = ["main"]
 
-COMMANDS = ("quantize", "convert", "eval", "generate", "inspect", "families", "serve", "chat", "export", "demo")
+COMMANDS = (
+    "quantize",
+    "convert",
+    "compare",
+    "eval",
+    "generate",
+    "inspect",
+    "families",
+    "serve",
+    "chat",
+    "export",
+    "demo",
+)
 
 DESCRIPTION = """\
 Quantize language models to INT4 in JAX, and run them.
@@ -19,6 +31,7 @@ Quantize language models to INT4 in JAX, and run them.
   awq-jax demo                                      see it work on the shipped model, two minutes
   awq-jax quantize SRC OUT --calib text.txt         a Hugging Face directory in, an INT4 one out
   awq-jax convert SRC OUT --to compressed-tensors   another format, same codes
+  awq-jax compare SRC OUT --bits 4,3                several methods on one model: one page, one table
   awq-jax eval OUT --text held_out.txt --base SRC   perplexity, and KL divergence from the original
   awq-jax generate OUT --prompt "Once upon a time"
   awq-jax chat OUT                                  talk to it; `awq-jax serve OUT` does so over HTTP

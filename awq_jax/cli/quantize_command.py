@@ -74,6 +74,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="gram",
         help="gram: exact output error of the linears; block: of the attention or MLP (%(default)s)",
     )
+    add(
+        "--propagate",
+        choices=("dense", "quantized"),
+        default="dense",
+        help="what a layer is calibrated on: the float model's activations, or those that have passed through the "
+        "quantized layers before it (%(default)s)",
+    )
     add("--no-clip", action="store_true", help="do not search clipping thresholds")
     add(
         "--override",
@@ -139,6 +146,7 @@ def _recipe(args: argparse.Namespace, fmt: str) -> "Recipe":
     return Recipe(
         quant=quant,
         method=args.method,
+        propagate=args.propagate,
         search=SearchSpec(rules=rules, objective=args.objective, clip_ratios=clip),
         overrides=tuple(_override(text, quant) for text in args.override),
     )

@@ -94,10 +94,10 @@ def test_native_and_autoawq_hold_the_same_weights(llama: Oracle, tmp_path: Path)
         np.testing.assert_array_equal(ours, others)
 
 
-@pytest.mark.parametrize("method", ["awq", "awq+gptq"])
-def test_a_run_can_be_repeated_bit_for_bit(llama: Oracle, tmp_path: Path, method: str):
+@pytest.mark.parametrize(("method", "propagate"), [("awq", "dense"), ("awq+gptq", "quantized")])
+def test_a_run_can_be_repeated_bit_for_bit(llama: Oracle, tmp_path: Path, method: str, propagate: str):
     for name in "ab":
-        run(llama.path, tmp_path / name, Recipe(quant=SPEC, method=method))
+        run(llama.path, tmp_path / name, Recipe(quant=SPEC, method=method, propagate=propagate))
     one, two = ((tmp_path / name / "model.safetensors").read_bytes() for name in "ab")
     assert one == two
 
@@ -181,6 +181,7 @@ def test_the_directory_is_complete_and_verifies(llama: Oracle, tmp_path: Path):
     run(llama.path, tmp_path / "out")
     names = {path.name for path in (tmp_path / "out").iterdir()}
     assert names >= {"config.json", "tokenizer.json", "generation_config.json", "README.md", "awq_jax_report.json"}
+    assert "awq_jax_report.html" in names
     assert verify(tmp_path / "out") == len(names) - 1  # all but the manifest itself
     assert not list(tmp_path.glob(".*"))  # no working directory is left
     (tmp_path / "out" / "config.json").write_text("{}")

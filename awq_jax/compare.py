@@ -1,0 +1,157 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Several methods on one model, with one calibration text and one held-out text: what each costs."""
+
+import dataclasses
+import json
+import os
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from awq_jax import stdlib_text
+from awq_jax._publish import published, write_bytes
+from awq_jax._spec import METHODS, QuantSpec, Recipe
+from awq_jax.pages import comparison_page, quantization_page
+from awq_jax.pages.comparison import HEAD, table_rows
+from awq_jax.pipeline import quantize_checkpoint, read_samples
+from awq_jax.run import evaluate_checkpoint
+from awq_jax_convert.hf import HFCheckpoint
+
+__all__ = ["Compared", "compare_methods", "to_markdown"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Compared:
+    """One recipe.
+
+    Attributes:
+      bits: width of a code; 16 for the dense model.
+      method: as in `Recipe.method`; "dense" for the model itself.
+      kl: divergence from the dense model, nats a token.
+      perplexity: on the held-out text.
+      perplexity_stderr: its standard error.
+      top1: share of positions on which it agrees with the dense model.
+      nbytes: of its tensors.
+      seconds: of quantizing, compilation included.
+      layers: output error of each layer on the calibration text, null where not finite.
+    """
+
+    bits: int
+    method: str
+    kl: float
+    perplexity: float
+    perplexity_stderr: float
+    top1: float
+    nbytes: int
+    seconds: float
+    layers: tuple[float | None, ...] = ()
+
+
+def _recipes(methods: Sequence[str], bits: Sequence[int], base: Recipe) -> Iterator[Recipe]:
+    if unknown := [m for m in methods if m not in METHODS]:
+        raise ValueError(f"unknown method {unknown[0]!r}; the methods are {', '.join(METHODS)}.")
+    if not methods or not bits:
+        raise ValueError("nothing to compare: give at least one method and one width.")
+    for width in dict.fromkeys(bits):
+        quant: QuantSpec = dataclasses.replace(base.quant, bits=width)
+        for method in dict.fromkeys(methods):
+            propagate = "dense" if method == "minmax" else base.propagate
+            yield dataclasses.replace(base, quant=quant, method=method, propagate=propagate)
+
+
+def compare_methods(
+    src: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    *,
+    methods: Sequence[str] = METHODS,
+    bits: Sequence[int] = (4, 3),
+    base: Recipe = Recipe(),  # noqa: B008 - frozen
+    calib: str | os.PathLike[str] | None = None,
+    text: str | os.PathLike[str] | None = None,
+    samples: int = 128,
+    seq_len: int = 512,
+    tokens: int = 20_000,
+    progress: Callable[[str], None] = lambda step: None,
+) -> tuple[Compared, ...]:
+    """Quantize a model by every method and width, and measure each against it.
+
+    Args:
+      src: dense Hugging Face directory.
+      out: directory to create: ``comparison.html``, ``comparison.json``, ``comparison.md`` and a page of every run. The
+        quantized weights are not kept.
+      methods: of `METHODS`.
+      bits: widths.
+      base: everything else.
+      calib: calibration text; None takes the standard library's documentation.
+      text: held-out text; None takes the part of it that calibration does not see.
+      samples: calibration samples at most.
+      seq_len: tokens of a sample at most.
+      tokens: of the held-out text, at most.
+      progress: called with what begins.
+
+    Returns:
+      The dense model, then every recipe in the order given.
+
+    Raises:
+      FileNotFoundError, FileExistsError, ValueError: bad input, named.
+    """
+    recipes = list(_recipes(methods, bits, base))
+    source = HFCheckpoint.open(Path(src))
+    chosen = read_samples(source, None if calib is None else Path(calib), samples=samples, seq_len=seq_len)
+    with published(out) as work:
+        held = Path(text) if text is not None else work / "heldout.txt"
+        if text is None:
+            held.write_text(stdlib_text.documentation("heldout"), encoding="utf-8")
+        progress("measuring the dense model")
+        found = evaluate_checkpoint(src, held, base=src, tokens=tokens)
+        rows = [_row(16, "dense", found, source.nbytes, 0.0)]
+        for recipe in recipes:
+            name = f"int{recipe.quant.bits}-{recipe.method}"
+            progress(name)
+            target = work / name
+            report = quantize_checkpoint(
+                source.path, target, recipe=recipe, calib=chosen, format="native", resume="never"
+            )
+            found = evaluate_checkpoint(target, held, base=src, tokens=tokens)
+            errors = tuple(layer.error for layer in report.layers)
+            seconds = sum(report.seconds.values())
+            rows.append(_row(recipe.quant.bits, recipe.method, found, report.bytes_after, seconds, errors))
+            measured = [(f"{found.kl:.4f}", "KL to dense, nats a token"), (f"{found.perplexity:.2f}", "perplexity")]
+            page = quantization_page(f"{source.path.name}, {name}", report.to_dict(), measured=measured)
+            _remove(target)
+            write_bytes(work / f"{name}.html", page.encode())
+        words = f"{found.tokens} tokens of {held.name}"
+        page = comparison_page(source.path.name, [dataclasses.asdict(row) for row in rows], words)
+        write_bytes(work / "comparison.html", page.encode())
+        record = [dataclasses.asdict(row) for row in rows]
+        write_bytes(work / "comparison.json", json.dumps(record, indent=1, allow_nan=False).encode())
+        write_bytes(work / "comparison.md", to_markdown(rows).encode())
+    return tuple(rows)
+
+
+def _row(bits: int, method: str, found: Any, nbytes: int, seconds: float, layers: tuple[Any, ...] = ()) -> Compared:
+    return Compared(
+        bits=bits,
+        method=method,
+        kl=found.kl,
+        perplexity=found.perplexity,
+        perplexity_stderr=found.perplexity_stderr,
+        top1=found.top1,
+        nbytes=nbytes,
+        seconds=seconds,
+        layers=layers,
+    )
+
+
+def _remove(directory: Path) -> None:
+    """A checkpoint that was measured: its files one by one, so that only what was written here can go."""
+    for path in sorted(directory.rglob("*"), reverse=True):
+        path.rmdir() if path.is_dir() else path.unlink()
+    directory.rmdir()
+
+
+def to_markdown(rows: Sequence[Compared]) -> str:
+    """The comparison as a table."""
+    lines = ["| " + " | ".join(HEAD) + " |", "|---" * len(HEAD) + "|"]
+    lines += ["| " + " | ".join(row) + " |" for row in table_rows([dataclasses.asdict(row) for row in rows])]
+    return "\n".join(lines) + "\n"

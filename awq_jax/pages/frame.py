@@ -1,0 +1,50 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What all pages share: the document around them, its style sheet, tiles and tables."""
+
+from collections.abc import Collection, Iterable, Sequence
+from html import escape
+from importlib import resources
+
+from awq_jax._version import __version__
+
+__all__ = ["document", "key", "table", "tiles"]
+
+STYLE = resources.files("awq_jax.pages").joinpath("style.css").read_text(encoding="utf-8")
+
+
+def document(title: str, lead: str, body: Iterable[str]) -> str:
+    """A whole page.
+
+    Args:
+      title: plain text.
+      lead: HTML under the title.
+      body: HTML parts.
+    """
+    return (
+        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title>'
+        f'<meta name="viewport" content="width=device-width,initial-scale=1"><style>{STYLE}</style></head><body><main>'
+        f'<h1>{escape(title)}</h1><p class="soft">{lead}</p>{"".join(body)}'
+        f"<footer>Written by awq-jax {__version__}.</footer></main></body></html>\n"
+    )
+
+
+def tiles(items: Iterable[tuple[str, str]]) -> str:
+    """(value, what it is) pairs side by side."""
+    made = (f'<div class="tile"><b>{escape(value)}</b><span>{escape(name)}</span></div>' for value, name in items)
+    return f'<div class="tiles">{"".join(made)}</div>'
+
+
+def key(items: Iterable[tuple[str, str]]) -> str:
+    """(class, name) pairs: which colour is what."""
+    return f'<p class="key">{"".join(f"""<i class="{kind}"></i>{escape(name)}""" for kind, name in items)}</p>'
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[str]], *, best: Collection[int] = ()) -> str:
+    """A table of plain text; ``best`` are the rows to stand out."""
+    top = "".join(f"<th>{escape(cell)}</th>" for cell in head)
+    made = []
+    for place, row in enumerate(rows):
+        kind = ' class="best"' if place in best else ""
+        cells = "".join(f"<td{' class=wrap' if len(cell) > 60 else ''}>{escape(cell)}</td>" for cell in row)
+        made.append(f"<tr{kind}>{cells}</tr>")
+    return f'<div class="card"><table class="text"><tr>{top}</tr>{"".join(made)}</table></div>'
