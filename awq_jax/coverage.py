@@ -86,17 +86,18 @@ def _thinned(magnitudes: np.ndarray) -> dict[str, Any]:
 def _group(
     index: int, plan: GroupPlan, result: ScaleResult, written: Any, magnitudes: Any, rule: str, power: float
 ) -> GroupReport:
-    producer, losses = plan.group.producer, np.asarray(result.losses)
+    producer, each = plan.group.producer, np.atleast_2d(result.losses)  # of every expert
+    losses = each.sum(0)
     return GroupReport(
         sinks=tuple(f"layers/{index}/{path}" for path in plan.group.sinks),
         producer=f"layers/{index}/{producer.path}" if producer else None,
         rule=rule,
         power=power,
-        loss=_finite(losses.min()),
+        loss=_finite(each.min(1).sum()),
         rtn_loss=_finite(losses[0]),
         losses=tuple(map(_finite, losses)),
         written_loss=_finite(written),
-        **_thinned(np.asarray(magnitudes)),
+        **_thinned(np.asarray(magnitudes).reshape(3, -1)),
     )
 
 

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from awq_jax._experts import ExpertRows, observe_experts, stacked
+from awq_jax._experts import ExpertRows, flat, observe_experts, stacked
 from awq_jax._plan import GroupPlan, LayerPlan
 from awq_jax._pytree import pytree
 from awq_jax._quantize import quantize_layer, round_layer
@@ -104,9 +104,10 @@ def _magnitudes(params: Params, stats: dict[str, ActStats], plan: LayerPlan, res
     def of_group(group: GroupPlan, result: Any) -> Array | None:
         if result is None:
             return None
-        weights = [jnp.abs(get(params, path)["kernel"]) for path, _, _ in group.quantized]
+        kernels = [jnp.abs(get(params, path)["kernel"]) for path, _, _ in group.quantized]
+        weights = kernels if group.group.per_expert else [flat(kernel) for kernel in kernels]
         rows = group.tie.spread(result.scale) if group.tie else result.scale
-        return jnp.stack([stats[group.group.sinks[0]].abs_mean, jnp.concatenate(weights, axis=1).mean(1), rows])
+        return jnp.stack([stats[group.group.sinks[0]].abs_mean, jnp.concatenate(weights, axis=-1).mean(-1), rows])
 
     return tuple(of_group(group, result) for group, result in zip(plan.groups, results, strict=True))
 
