@@ -25,7 +25,7 @@ def sharded(native, mesh):
     return load_sharded(native, mesh)
 
 
-@pytest.mark.parametrize("int4_head", [False, True])
+@pytest.mark.parametrize("int4_head", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_two_devices_answer_as_one(native, mesh, prompts, int4_head):
     requests = [Request(prompt=prompt, max_new_tokens=24) for prompt in prompts]
     options = {"slots": 4, "max_len": 96}
