@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from awq_jax._round import quantize as quantize
     from awq_jax._search import ScaleResult as ScaleResult
     from awq_jax._search import search_scale as search_scale
+    from awq_jax._spec import GPTQSpec as GPTQSpec
     from awq_jax._spec import QuantSpec as QuantSpec
     from awq_jax._spec import Recipe as Recipe
     from awq_jax._spec import ScaleRule as ScaleRule
@@ -46,7 +47,7 @@ _HOME = {
     "_quantize": ("quantize_layer",),
     "_round": ("quantize",),
     "_search": ("ScaleResult", "search_scale"),
-    "_spec": ("QuantSpec", "Recipe", "ScaleRule", "SearchSpec", "rule"),
+    "_spec": ("GPTQSpec", "QuantSpec", "Recipe", "ScaleRule", "SearchSpec", "rule"),
     "_stats": ("ActStats", "all_reduce", "calibrate", "merge", "observe"),
     "_tie": ("Tie",),
     "pipeline": ("quantize_checkpoint",),
