@@ -135,7 +135,8 @@ class Engine:
         self._waiting: collections.deque[Ticket] = collections.deque()
         self._lock = threading.Lock()
         self.buckets = buckets_for(self.max_len)
-        self.counts = dict.fromkeys(("requests", "prompt_tokens", "tokens", "cancelled", "failed", "steps"), 0)
+        counted = "requests prompt_tokens tokens cancelled failed steps"
+        self.counts: dict[str, int] = {name: 0 for name in counted.split()}
 
     @property
     def waiting(self) -> int:

@@ -50,7 +50,7 @@ class Exported:
 
     def empty(self) -> list[jax.Array]:
         """Idle slots."""
-        make = lambda leaf: jax.device_put(np.full(leaf["shape"], leaf["value"], np.dtype(_dtype(leaf["dtype"]))))
+        make = lambda leaf: jax.device_put(np.full(leaf["shape"], leaf["value"], _dtype(leaf["dtype"])))
         return [make(leaf) for leaf in self.manifest["slots"]]
 
     def begin(
@@ -114,10 +114,10 @@ class Exported:
         return out
 
 
-def _dtype(name: str) -> object:
-    return getattr(jax.numpy, name)  # bfloat16 too
+def _dtype(name: str) -> np.dtype:
+    return np.dtype(getattr(jax.numpy, name))  # bfloat16 too
 
 
 def _array(held: np.ndarray, leaf: dict) -> np.ndarray:
     part = held[leaf["offset"] : leaf["offset"] + leaf["nbytes"]]
-    return np.asarray(part).view(np.dtype(_dtype(leaf["dtype"]))).reshape(leaf["shape"])
+    return np.asarray(part).view(_dtype(leaf["dtype"])).reshape(leaf["shape"])

@@ -62,7 +62,7 @@ def serving_decoder(config: DecoderConfig, params: Mapping[str, Any], axis: str 
                 setattr(owner, name, _linear(k, sum(widths[index, name]), bias=linears[0].bias is not None))
             if axis is not None:
                 _add_up(layer.attn.o, axis)
-                _add_up(layer.mlp.down, axis)
+                _add_up(layer.mlp.down, axis)  # pyright: ignore[reportAttributeAccessIssue]  # no `Moe` under an axis
         return model
 
     model = merge(build, params)

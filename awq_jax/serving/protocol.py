@@ -162,7 +162,7 @@ def _messages(body: Mapping[str, Any]) -> list[dict[str, Any]]:
             raise Refusal(400, "each message must be an object with a role and a content.", "messages")
         content = message.get("content")
         if isinstance(content, list):
-            parts = [part.get("text") if isinstance(part, dict) else None for part in content]
+            parts: list[Any] = [part.get("text") if isinstance(part, dict) else None for part in content]
             if any(not isinstance(part, str) for part in parts):
                 raise Refusal(400, "only text can be in a message here.", "messages")
             content = "".join(parts)

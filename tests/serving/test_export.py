@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from awq_jax.serving.export import export
 
 pytest.importorskip("flatbuffers", reason="jax.export writes with flatbuffers; it is in the extra [serve]")
 
-OPTIONS = {"batch": 2, "max_len": 64, "steps": 4}
+OPTIONS: dict[str, Any] = {"batch": 2, "max_len": 64, "steps": 4}
 
 ALONE = """
 import importlib.abc, json, sys

@@ -2,6 +2,7 @@
 """Heads and widths cut over fake devices: the same answers, and no device with more than its share."""
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -28,7 +29,7 @@ def sharded(native, mesh):
 @pytest.mark.parametrize("int4_head", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_two_devices_answer_as_one(native, mesh, prompts, int4_head):
     requests = [Request(prompt=prompt, max_new_tokens=24) for prompt in prompts]
-    options = {"slots": 4, "max_len": 96}
+    options: dict[str, Any] = {"slots": 4, "max_len": 96}
     alone = load(native, int4_head=int4_head)
     wanted = Engine(alone.config, alone.params, **options).generate(requests)
     shared = load_sharded(native, mesh, int4_head=int4_head)
