@@ -102,7 +102,7 @@ def follow(primitive: str, view: View, params: dict[str, Any], value: Any) -> Vi
     match primitive:
         case "convert_element_type" if jnp.issubdtype(params["new_dtype"], jnp.floating):
             return dataclasses.replace(view, value=value, dtype=np.dtype(params["new_dtype"]))
-        case "copy" | "copy_p" | "name" | "sharding_constraint" | "optimization_barrier":
+        case "copy" | "copy_p" | "name" | "sharding_constraint" | "optimization_barrier" | "pvary" | "pcast":
             pass
         case "transpose":
             axes = tuple(view.axes[p] for p in params["permutation"])
