@@ -7,7 +7,7 @@ import pathlib
 import resource
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
@@ -18,7 +18,7 @@ import numpy as np
 
 from awq_jax._plan import LayerPlan, plan_layers
 from awq_jax._qtensor import QTensor
-from awq_jax._spec import Recipe
+from awq_jax._spec import QuantSpec, Recipe
 from awq_jax._tie import Tie
 from awq_jax._tree import leaves
 from awq_jax.calibration import Samples, check_vocabulary, from_stream, read_calibration
@@ -29,15 +29,16 @@ from awq_jax.models.functional import embed
 from awq_jax.pages import quantization_page
 from awq_jax.report import LayerReport, LinearReport, Report
 from awq_jax.resume import Session, fingerprint, resuming
+from awq_jax.sharding import Layout, refuse_straddling
 from awq_jax.stdlib_text import documentation
 from awq_jax_convert.formats import open_writer, refuse_misfit
 from awq_jax_convert.hf import HFCheckpoint
 from awq_jax_convert.sink import ModelWriter, refuse_overlap
 from awq_jax_convert.tokenizer import Tokenizer
 
-__all__ = ["plans_of", "quantize_checkpoint", "read_samples"]
+__all__ = ["open_planned", "plans_of", "quantize_checkpoint", "read_samples", "refuse_below_one"]
 
-_MEASURED = 4096  # tokens that a finished layer is measured again on, against round to nearest
+MEASURED = 4096  # tokens that a finished layer is measured again on, against round to nearest
 
 Progress = Callable[[LayerReport, int], None]
 
@@ -116,6 +117,34 @@ def _refuse_quantized(checkpoint: HFCheckpoint) -> None:
         )
 
 
+def refuse_below_one(**values: int) -> None:
+    """Refuse numbers of things of which there must be one."""
+    for name, value in values.items():
+        if value < 1:
+            raise ValueError(f"{name} is {value}; it must be at least 1 (--{name.replace('_', '-')}).")
+
+
+def _specs_of(plans: tuple[LayerPlan, ...]) -> set[QuantSpec]:
+    return {spec for plan in plans for group in plan.groups for _, spec, _ in group.quantized}
+
+
+def open_planned(
+    src: pathlib.Path, recipe: Recipe, format: str, serve_tp: int = 1
+) -> tuple[HFCheckpoint, tuple[LayerPlan, ...]]:
+    """A dense checkpoint and what a recipe does to its layers; headers are read, no tensor is.
+
+    Raises:
+      FileNotFoundError, ValueError: whatever is wrong with either, named.
+    """
+    checkpoint = HFCheckpoint.open(src)
+    _refuse_quantized(checkpoint)
+    plans = plans_of(checkpoint, recipe)
+    refuse_misfit(format, _specs_of(plans))
+    sinks = {path for plan in plans for group in plan.groups for path, _, _ in group.quantized}
+    refuse_straddling(plans, {path: checkpoint.shape(f"layers/0/{path}/kernel") for path in sinks}, serve_tp)
+    return checkpoint, plans
+
+
 def _expected_bytes(checkpoint: HFCheckpoint, plans: tuple[LayerPlan, ...]) -> int:
     """Bytes of the tensors to be written: nibbles, a scale and a zero per group, and everything else as it was."""
     total = checkpoint.nbytes
@@ -177,6 +206,8 @@ def quantize_checkpoint(
     format: str = "autoawq",
     overwrite: bool = False,
     resume: str = "auto",
+    mesh: Mapping[str, int] | None = None,
+    serve_tp: int = 1,
     progress: Progress | None = None,
 ) -> Report:
     """Quantize a Hugging Face checkpoint directory.
@@ -198,6 +229,8 @@ def quantize_checkpoint(
       overwrite: replace an existing output.
       resume: "auto" goes on from an unfinished run of the same inputs if there is one, "required" refuses to start
         anew, "never" discards what is there and keeps nothing.
+      mesh: devices to spread over, for example ``{"data": 2, "model": 4}``; see `awq_jax.sharding.Layout`.
+      serve_tp: refuse groups that so many serving devices would cut in two.
       progress: called with each `LayerReport` and the number of layers.
 
     Returns:
@@ -207,26 +240,23 @@ def quantize_checkpoint(
       FileNotFoundError, FileExistsError, ValueError: bad input, named.
     """
     clock = _Clock()
-    for name, value in (("samples", samples), ("seq_len", seq_len), ("batch", batch)):
-        if value < 1:
-            raise ValueError(f"{name} is {value}; it must be at least 1 (--{name.replace('_', '-')}).")
+    refuse_below_one(samples=samples, seq_len=seq_len, batch=batch)
+    layout = Layout(mesh)
     with clock.phase("open"):
-        checkpoint = HFCheckpoint.open(pathlib.Path(src))
+        checkpoint, plans = open_planned(pathlib.Path(src), recipe, format, serve_tp)
         refuse_overlap(checkpoint.path, pathlib.Path(out))
-        _refuse_quantized(checkpoint)
-        plans = plans_of(checkpoint, recipe)
-        specs = {spec for plan in plans for group in plan.groups for _, spec, _ in group.quantized}
-        refuse_misfit(format, specs)
+        specs = _specs_of(plans)
     with clock.phase("calibration text"):
         if not isinstance(calib, Samples):
             path = None if calib is None else pathlib.Path(calib)
             calib = read_samples(checkpoint, path, samples=samples, seq_len=seq_len)
         check_vocabulary(calib, checkpoint.config.vocab_size)
         _refuse_long(calib, checkpoint.config.max_position_embeddings)
+        layout.refuse_batch(min(batch, len(calib.tokens)))
     plain = dataclasses.asdict(recipe)
     with clock.phase("fingerprint"):
         decided = {"recipe": plain, "format": format, "batch": batch}
-        inputs = fingerprint(checkpoint.path, calib, decided, jax.devices()[0].device_kind)
+        inputs = fingerprint(checkpoint.path, calib, decided, str(layout))
     expected = _expected_bytes(checkpoint, plans)
     kept = 0 if resume == "never" else expected + 3 * 4 * calib.tokens.size * checkpoint.config.hidden_size
     writer = open_writer(
@@ -242,7 +272,7 @@ def quantize_checkpoint(
     unfinished = resuming(out, resume, inputs, overwrite=overwrite, expected_bytes=expected + kept)
     with unfinished as session, writer:
         resumed = session.finished
-        layers = tuple(_layers(checkpoint, plans, _chunks(calib, batch), writer, session, clock, progress))
+        layers = tuple(_layers(checkpoint, plans, _chunks(calib, batch), layout, writer, session, clock, progress))
         report = Report(
             layers=layers,
             outside=tuple(
@@ -275,13 +305,14 @@ def _layers(
     checkpoint: HFCheckpoint,
     plans: tuple[LayerPlan, ...],
     batches: tuple[np.ndarray, np.ndarray],
+    layout: Layout,
     writer: ModelWriter,
     session: Session,
     clock: _Clock,
     progress: Progress | None,
 ) -> Iterator[LayerReport]:
     """Write the layers that are finished, quantize and write the others, one after the other."""
-    config, (tokens, mask) = checkpoint.config, map(jnp.asarray, batches)
+    config, (tokens, mask) = checkpoint.config, map(layout.activations, batches)
     with clock.phase("read and write"):
         stem = checkpoint.stem()
         writer.write_stem(stem)
@@ -292,20 +323,20 @@ def _layers(
             yield report
         kept = session.state() if session.finished else {}
     hidden = (
-        jnp.asarray(kept["hidden"])
+        layout.activations(kept["hidden"])
         if kept
-        else jax.jit(embed, static_argnums=0)(config, jax.tree.map(jnp.asarray, stem), tokens)
+        else jax.jit(embed, static_argnums=0)(config, layout.whole(stem), tokens)
     )
     # The two streams part at the first quantized layer.
-    stream = (jnp.asarray(kept["stream"]) if kept else jnp.copy(hidden)) if plans[0].propagate else None
+    stream = (layout.activations(kept["stream"]) if kept else jnp.copy(hidden)) if plans[0].propagate else None
     del stem, kept
-    measured = max(1, round(_MEASURED / tokens[0].size))
+    measured = max(1, round(MEASURED / tokens[0].size))
     counted = int(batches[1].sum())
     start = session.finished
     for index, params in enumerate(_read_ahead(checkpoint, start), start):
         plan = plans[index]
         with clock.phase("quantize"):
-            params = jax.tree.map(jnp.asarray, params)
+            params = layout.layer(params)
             at = config.of_layer(index)
             outcome = quantize_and_measure(
                 params, hidden, mask, stream, config=at, plan=plan, measured=measured, tokens=counted

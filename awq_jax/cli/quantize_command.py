@@ -103,6 +103,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="auto: go on from a run that was killed, if its inputs were the same; never: discard it and keep nothing "
         "(%(default)s)",
     )
+    add("--mesh", metavar="AXIS=N,…", help="spread over devices: data=2,model=4 (also fsdp)")
+    add("--serve-tp", type=int, default=1, metavar="N", help="refuse groups that N serving devices would cut in two")
+    add("--dry-run", action="store_true", help="print what would be written and what it would cost; write nothing")
     add("--json", action="store_true", help="print the report as JSON on stdout")
     add("--quiet", action="store_true", help="no progress and no summary")
 
@@ -212,6 +215,14 @@ def run(args: argparse.Namespace) -> int:
     """Quantize."""
     fmt = args.format if args.format != "auto" else ("autoawq" if args.bits == 4 else "native")
     recipe = _recipe(args, fmt)
+    if args.dry_run:
+        from awq_jax.cli.dry_run_output import show
+        from awq_jax.dry_run import dry_run_directory
+
+        options = {"samples": args.samples, "seq_len": args.seq_len, "batch": args.batch, "serve_tp": args.serve_tp}
+        kept = args.resume != "never"
+        show(dry_run_directory(args.src, recipe=recipe, format=fmt, keep=kept, **options), as_json=args.json)
+        return 0
 
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
@@ -219,6 +230,7 @@ def run(args: argparse.Namespace) -> int:
     from awq_jax.cli.stopping import stoppable
     from awq_jax.pipeline import quantize_checkpoint
     from awq_jax.resume import store_of
+    from awq_jax.sharding import parse_mesh
 
     console = Console(stderr=True, quiet=args.quiet)
     columns = (
@@ -249,6 +261,8 @@ def run(args: argparse.Namespace) -> int:
             format=fmt,
             overwrite=args.overwrite,
             resume=args.resume,
+            mesh=parse_mesh(args.mesh) if args.mesh else None,
+            serve_tp=args.serve_tp,
             progress=advance,
         )
     if not args.quiet:

@@ -1,0 +1,49 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What `awq-jax quantize --dry-run` prints."""
+
+import itertools
+import json
+from collections.abc import Iterator
+
+from awq_jax.dry_run import DryRun, LayerCost
+
+__all__ = ["show"]
+
+
+def _rows(layers: tuple[LayerCost, ...]) -> Iterator[tuple[str, LayerCost]]:
+    """Equal layers that follow each other stand in one row."""
+    cost = lambda layer: (layer.bytes_before, layer.bytes_after, layer.flops)
+    for _, same in itertools.groupby(layers, cost):
+        first, *rest = same
+        yield (f"{first.index}-{rest[-1].index}" if rest else str(first.index)), first
+
+
+def show(found: DryRun, *, as_json: bool) -> None:
+    """Print an estimate to stdout, for people or as JSON."""
+    if as_json:
+        print(json.dumps(found.to_dict(), allow_nan=False))
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table()
+    for column in ("layers", "MB each", "MB written", "TFLOP each"):
+        table.add_column(column, justify="right")
+    for name, layer in _rows(found.layers):
+        table.add_row(
+            name,
+            f"{layer.bytes_before / 1e6:.1f}",
+            f"{layer.bytes_after / 1e6:.1f}",
+            f"{layer.flops / 1e12:.3f}",
+        )
+    console = Console()
+    console.print(table)
+    lines = {
+        "tensors": f"{found.bytes_before / 1e9:.3f} GB -> {found.bytes_after / 1e9:.3f} GB",
+        "disk needed": f"{found.disk_bytes / 1e9:.3f} GB, what is kept to resume from included",
+        "work": f"{found.flops / 1e12:.2f} TFLOP on {found.tokens} tokens",
+        "device memory": f"{found.device_bytes / 1e9:.2f} GB",
+        "host memory": f"{found.host_bytes / 1e9:.2f} GB beside it",
+    }
+    for name, words in lines.items():
+        console.print(f"{name}: {words}", highlight=False)

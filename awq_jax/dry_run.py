@@ -1,0 +1,231 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a quantization will produce and cost, from shapes alone: no weight is read, nothing is computed.
+
+Bytes come from the headers, operations from the plan, memory from the compiler: the step that quantizes a layer is
+compiled as it will be, and asked what it holds.
+"""
+
+import dataclasses
+import pathlib
+import resource
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from awq_jax._plan import GroupPlan, LayerPlan
+from awq_jax._spec import QuantSpec, Recipe
+from awq_jax.layer_step import quantize_and_measure
+from awq_jax.pipeline import MEASURED, open_planned, refuse_below_one
+from awq_jax_convert.hf import HFCheckpoint
+
+__all__ = ["DryRun", "LayerCost", "dry_run", "dry_run_directory", "layer_bytes"]
+
+_SHARD = 256 << 20  # bytes that a writer holds before it writes them
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LayerCost:
+    """One layer.
+
+    Attributes:
+      index: of the layer.
+      bytes_before: of its tensors in the source.
+      bytes_after: of what will be written.
+      flops: floating-point operations to observe, search, round and measure it.
+    """
+
+    index: int
+    bytes_before: int
+    bytes_after: int
+    flops: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DryRun:
+    """A whole quantization that was not done.
+
+    Attributes:
+      layers: one entry per layer.
+      bytes_before: of the source's tensors.
+      bytes_after: of those that will be written.
+      disk_bytes: free space that is needed: the output, and what is kept to resume from.
+      device_bytes: of the largest layer's step: arguments, results and temporaries.
+      host_bytes: beside them: layers as read and as written, and this process itself.
+      tokens: of calibration, padding included.
+    """
+
+    layers: tuple[LayerCost, ...]
+    bytes_before: int
+    bytes_after: int
+    disk_bytes: int
+    device_bytes: int
+    host_bytes: int
+    tokens: int
+
+    @property
+    def peak_memory_bytes(self) -> int:
+        """Of the process where the device is the CPU: its memory is the host's."""
+        return self.device_bytes + self.host_bytes
+
+    @property
+    def flops(self) -> int:
+        """Of all layers."""
+        return sum(layer.flops for layer in self.layers)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, ready for JSON."""
+        return {**dataclasses.asdict(self), "peak_memory_bytes": self.peak_memory_bytes, "flops": self.flops}
+
+
+def _written(spec: QuantSpec, k: int, n: int) -> int:
+    """Bytes of a quantized weight: nibbles, and a scale and at most a byte of zero for each group."""
+    scale = 4 if spec.scale_dtype == "float32" else 2
+    return k * n // 2 + (scale + 1) * n * (k // spec.rows_per_group(k))
+
+
+def layer_bytes(checkpoint: HFCheckpoint, index: int, plan: LayerPlan) -> tuple[int, int]:
+    """Bytes of a layer's tensors as they are, and as they will be."""
+    prefix = f"layers/{index}/"
+    before = sum(checkpoint.stored_nbytes(path) for path in checkpoint.paths() if path.startswith(prefix))
+    after = before
+    for path, spec, _ in (row for group in plan.groups for row in group.quantized):
+        name = f"{prefix}{path}/kernel"
+        after += _written(spec, *checkpoint.shape(name)) - checkpoint.stored_nbytes(name)
+    return before, after
+
+
+def _group_flops(group: GroupPlan, plan: LayerPlan, widths: dict[str, tuple[int, int]], tokens: int) -> int:
+    """Gram matrix, candidate scales and clipping thresholds of one group."""
+    shapes = [widths[path] for path, _, _ in group.quantized]
+    if not shapes:
+        return 0
+    k, n = shapes[0][0], sum(columns for _, columns in shapes)
+    gram = 2 * k * k * (tokens // plan.search.stride(tokens, k))
+    candidates = len(plan.search.candidates) if group.group.producer is not None else 1
+    clip = sum(
+        2 * spec.rows_per_group(k) * k * widths[path][1] * (1 + len(plan.search.clip_ratios))
+        for path, spec, may_clip in group.quantized
+        if may_clip and plan.search.clip_ratios
+    )
+    return gram + candidates * 2 * k * k * n + clip
+
+
+def _layer_flops(plan: LayerPlan, widths: dict[str, tuple[int, int]], tokens: int, measured: int) -> int:
+    forward = 2 * sum(k * n for k, n in widths.values())
+    return forward * (tokens + 2 * measured) + sum(_group_flops(g, plan, widths, tokens) for g in plan.groups)
+
+
+def _abstract_layer(checkpoint: HFCheckpoint, index: int) -> dict[str, Any]:
+    """A layer's parameter tree with shapes for arrays."""
+    tree: dict[str, Any] = {}
+    prefix = f"layers/{index}/"
+    for path in checkpoint.paths():
+        if path.startswith(prefix):
+            node = tree
+            *parents, leaf = path.removeprefix(prefix).split("/")
+            for key in parents:
+                node = node.setdefault(key, {})
+            node[leaf] = jax.ShapeDtypeStruct(checkpoint.shape(path), jnp.float32)
+    return tree
+
+
+def _step_bytes(checkpoint: HFCheckpoint, index: int, plan: LayerPlan, chunks: tuple[int, int, int]) -> int:
+    """What the compiled step of a layer holds on the device."""
+    config = checkpoint.config
+    hidden = jax.ShapeDtypeStruct((*chunks, config.hidden_size), jnp.float32)
+    mask = jax.ShapeDtypeStruct(chunks, jnp.bool_)
+    stream = hidden if plan.propagate else None
+    count, b, t = chunks
+    lowered = quantize_and_measure.lower(
+        _abstract_layer(checkpoint, index),
+        hidden,
+        mask,
+        stream,
+        config=config.of_layer(index),
+        plan=plan,
+        measured=max(1, round(MEASURED / (b * t))),
+        tokens=count * b * t,
+    )
+    memory: Any = lowered.compile().memory_analysis()
+    held = memory.argument_size_in_bytes + memory.output_size_in_bytes + memory.temp_size_in_bytes
+    return held - memory.alias_size_in_bytes
+
+
+def dry_run(
+    checkpoint: HFCheckpoint, plans: Sequence[LayerPlan], *, samples: int, seq_len: int, batch: int, keep: bool = True
+) -> DryRun:
+    """Estimate a quantization.
+
+    Args:
+      checkpoint: opened: its headers were read.
+      plans: of its layers.
+      samples: of calibration.
+      seq_len: tokens of each.
+      batch: samples that go through a layer together.
+      keep: finished layers are kept to resume from.
+
+    Raises:
+      RuntimeError: the compiler can't make a step fit the device; it says what it needs.
+    """
+    config, batch = checkpoint.config, min(batch, samples)
+    chunks = (-(-samples // batch), batch, seq_len)
+    tokens = chunks[0] * batch * seq_len
+    layers, float_bytes = [], 0
+    for index, plan in enumerate(plans):
+        shapes = {path: checkpoint.shape(path) for path in checkpoint.paths() if path.startswith(f"layers/{index}/")}
+        kernels = {
+            path.removeprefix(f"layers/{index}/").removesuffix("/kernel"): (shape[0], shape[1])
+            for path, shape in shapes.items()
+            if path.endswith("/kernel") and len(shape) == 2
+        }
+        before, after = layer_bytes(checkpoint, index, plan)
+        flops = _layer_flops(plan, kernels, tokens, min(tokens, MEASURED))
+        layers.append(LayerCost(index=index, bytes_before=before, bytes_after=after, flops=flops))
+        float_bytes = max(float_bytes, 4 * sum(_size(shape) for shape in shapes.values()))
+    steps = {(config.of_layer(index), plan): index for index, plan in enumerate(plans)}
+    device = max(_step_bytes(checkpoint, index, plan, chunks) for (_, plan), index in steps.items())
+    saved = sum(layer.bytes_before - layer.bytes_after for layer in layers)
+    after = checkpoint.nbytes - saved
+    hidden = 4 * tokens * config.hidden_size * (2 if any(plan.propagate for plan in plans) else 1)
+    stem = 4 * sum(_size(checkpoint.shape(path)) for path in checkpoint.paths() if not path.startswith("layers/"))
+    process = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # with the compiler's, which the run has too
+    beside = 2 * float_bytes + min(after, _SHARD + stem // 2 + max(layer.bytes_after for layer in layers))
+    return DryRun(
+        layers=tuple(layers),
+        bytes_before=checkpoint.nbytes,
+        bytes_after=after,
+        disk_bytes=after + (after + 3 * hidden if keep else 0),
+        device_bytes=max(device, 2 * stem + hidden),
+        host_bytes=process + beside,
+        tokens=tokens,
+    )
+
+
+def dry_run_directory(
+    src: str | pathlib.Path,
+    *,
+    recipe: Recipe,
+    format: str,
+    samples: int,
+    seq_len: int,
+    batch: int,
+    serve_tp: int = 1,
+    keep: bool = True,
+) -> DryRun:
+    """`dry_run` of a checkpoint directory; refuses what `quantize_checkpoint` would refuse for its shapes.
+
+    Raises:
+      FileNotFoundError, ValueError: bad input, named.
+    """
+    refuse_below_one(samples=samples, seq_len=seq_len, batch=batch)
+    checkpoint, plans = open_planned(pathlib.Path(src), recipe, format, serve_tp)
+    return dry_run(checkpoint, plans, samples=samples, seq_len=seq_len, batch=batch, keep=keep)
+
+
+def _size(shape: tuple[int, ...]) -> int:
+    size = 1
+    for axis in shape:
+        size *= axis
+    return size
