@@ -35,7 +35,8 @@ class QuantSpec:
 
     def __post_init__(self) -> None:
         if self.bits not in (2, 3, 4):
-            raise ValueError(f"QuantSpec.bits is {self.bits}; supported are 2, 3 and 4.")
+            wide = " Codes lie in nibbles; what needs more can stay in floating point (an override)."
+            raise ValueError(f"QuantSpec.bits is {self.bits}; supported are 2, 3 and 4.{wide if self.bits > 4 else ''}")
         if self.group_size != -1 and (self.group_size < 2 or self.group_size % 2):
             raise ValueError(
                 f"QuantSpec.group_size is {self.group_size}; it must be an even number of rows, "
