@@ -164,7 +164,10 @@ class AutoAWQ:
         group = config.get("group_size", config.get("q_group_size"))
         if type(group) is not int or (group != -1 and group < 1):
             raise ValueError(f"AWQ with group_size={group!r} is not read; it is a positive number, or -1.")
-        return cls(group, tuple(config.get("modules_to_not_convert") or ()))
+        skip = config.get("modules_to_not_convert") or []
+        if not isinstance(skip, list) or not all(isinstance(name, str) for name in skip):
+            raise ValueError(f"modules_to_not_convert is {str(skip)[:80]}; it is a list of module names, or null.")
+        return cls(group, tuple(skip))
 
     def to_config(self) -> dict[str, Any]:
         """The ``quantization_config`` that other loaders read.

@@ -108,7 +108,9 @@ def read_groups(config: Mapping[str, Any]) -> tuple[tuple[ConfigGroup, ...], tup
     groups, ignore = config.get("config_groups"), config.get("ignore") or []
     if not isinstance(groups, dict) or not groups or not isinstance(ignore, list):
         raise ValueError("quantization_config has no config_groups, or its ignore is no list.")
-    return tuple(_group(name, group) for name, group in groups.items()), tuple(map(str, ignore))
+    if not all(isinstance(name, str) for name in ignore):
+        raise ValueError(f"quantization_config.ignore is {str(ignore)[:80]}; it is a list of module names.")
+    return tuple(_group(name, group) for name, group in groups.items()), tuple(ignore)
 
 
 def groups_of(schemes: Mapping[str, Scheme]) -> tuple[ConfigGroup, ...]:

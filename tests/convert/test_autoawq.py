@@ -125,6 +125,8 @@ def test_config_round_trip():
         ({"group_size": 0}, "group_size=0 is not read"),
         ({"group_size": "128"}, "group_size='128'"),
         ({"act_order": True}, "not understood: act_order"),
+        ({"modules_to_not_convert": 5}, "modules_to_not_convert is 5; it is a list"),
+        ({"modules_to_not_convert": [0.5]}, r"modules_to_not_convert is \[0\.5\]"),
         ({"quant_method": "aqlm"}, "quantized with 'aqlm', which is not read; read are awq"),
         ({"quant_method": None}, "quantized with None"),
     ],
