@@ -6,8 +6,8 @@
 The model is random, so its numbers mean nothing but that the machinery holds: the table that is found, and the distance
 of the quantized model's logits from the dense one's, by round to nearest and by the search.
 
-On a CPU (jax 0.10.2): five groups, grouped-query attention recognised ("2 heads, each read 2 times"). Relative error of the
-logits by round to nearest 0.4357, by AWQ 0.3790 (27 weights searched, one better off rounded, the head left alone);
+On a CPU (jax 0.10.2): five groups, grouped-query attention recognised ("2 heads, each read 2 times"). Relative error of
+the logits by round to nearest 0.4357, by AWQ 0.3790 (27 weights searched, one better off rounded, the head left alone);
 2.89 MB become 0.85 MB.
 """
 
