@@ -20,7 +20,8 @@ def recipe_in_words(recipe: Data) -> str:
     quant = recipe["quant"]
     group = "whole columns" if quant["group_size"] == -1 else f"groups of {quant['group_size']}"
     kind = "symmetric" if quant["symmetric"] else "asymmetric"
-    return f"INT{quant['bits']}, {kind}, {group}, method {recipe.get('method', 'awq')}"
+    moved = ", on the quantized model's inputs" if recipe.get("propagate") == "quantized" else ""
+    return f"INT{quant['bits']}, {kind}, {group}, method {recipe.get('method', 'awq')}{moved}"
 
 
 def _ratio(value: float | None, base: float | None) -> float | None:

@@ -42,7 +42,8 @@ def test_batches_merge_and_padding_does_not_count(rng):
     parts = merge_drift(drift_of(x[:1500], z[:1500]), drift_of(x[1500:], z[1500:]))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=0.2), parts, whole)
     mask = np.arange(5000) < 4000
-    padded = drift_of(*(np.concatenate([a, np.full((1000, 24), 1e6)]) for a in (x, z)), mask)
+    longer = [np.concatenate([a, np.full((1000, 24), 1e6)]) for a in (x, z)]
+    padded = drift_of(longer[0], longer[1], mask)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=0.2), padded, whole)
     assert np.isfinite(np.asarray(realign(jnp.asarray(w, jnp.float32), padded))).all()
 
