@@ -53,6 +53,7 @@ def _tuples(node: Any) -> Any:
 
 def report_of(row: Mapping[str, Any]) -> LayerReport:
     """A `LayerReport` from its plain data after a way through JSON."""
+    plain = {key: _tuples(value) for key, value in row.items()}
     groups = tuple(GroupReport(**{key: _tuples(value) for key, value in group.items()}) for group in row["groups"])
-    linears = tuple(LinearReport(**linear) for linear in row["linears"])
-    return LayerReport(**{**row, "groups": groups, "linears": linears})
+    linears = tuple(LinearReport(**{key: _tuples(value) for key, value in linear.items()}) for linear in row["linears"])
+    return LayerReport(**{**plain, "groups": groups, "linears": linears})

@@ -16,10 +16,13 @@ from awq_jax._manifest import MANIFEST, verify
 from awq_jax.checkpoint import load, save
 from awq_jax.resume import resuming
 from awq_jax.resume.session import Damaged, store_of
-from awq_jax_convert.formats import open_checkpoint
+from awq_jax_convert.formats import open_checkpoint, open_writer
+from awq_jax_convert.hf import HFCheckpoint
 from tests.reliability.job import make_source
 
-FUZZ = settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+FUZZ = settings(
+    max_examples=60, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 ERRORS = (ValueError, FileNotFoundError)
 
 
@@ -122,6 +125,20 @@ def test_a_store_names_no_file_outside(tmp_path: Path, name: str):
     with pytest.raises(Damaged, match="does not hold digests"), resuming(tmp_path / "out", "auto", {"weights": "1"}):
         pass
     assert (tmp_path / "outside").read_text() == "secret"
+
+
+def test_nothing_that_could_run_is_passed_on(source: Path, tmp_path: Path):
+    copy = shutil.copytree(source, tmp_path / "copy")
+    config = json.loads((copy / "config.json").read_bytes())
+    (copy / "modeling_evil.py").write_text("raise SystemExit")
+    remote = {"auto_map": {"AutoModel": "modeling_evil.Evil"}, "_attn_implementation_internal": "someone/kernel"}
+    (copy / "config.json").write_text(json.dumps(config | remote))
+    source_of = HFCheckpoint.open(copy)
+    with open_writer("native", source_of, tmp_path / "out", group_size=32) as writer:
+        writer.write_stem(source_of.stem())
+        writer.write_layer(0, source_of.layer(0))
+    assert not list((tmp_path / "out").rglob("*.py"))
+    assert not json.loads((tmp_path / "out" / "config.json").read_bytes()).keys() & remote.keys()
 
 
 @pytest.mark.parametrize("size", [10**9, 10**18, 2**63, 10**100])
