@@ -22,7 +22,8 @@ pytestmark = pytest.mark.slow
 @pytest.mark.parametrize("row", TINY, ids=lambda row: row.id)
 def test_fused_and_cached_logits_are_the_decoder_s(row, tmp_path, request):
     if row.family == "bloom":
-        request.applymarker(pytest.mark.xfail(reason="open: Bloom's logits through the cache differ; cause not found yet"))
+        why = "open: the logits of Bloom through the cache differ; cause not found yet"
+        request.applymarker(pytest.mark.xfail(reason=why))
     checkpoint = HFCheckpoint.open(save_oracle(row, tmp_path / "x").path)
     config, params = checkpoint.config, jax.tree.map(jnp.asarray, checkpoint.params())
     tokens = jnp.asarray(some_tokens(config.vocab_size))
