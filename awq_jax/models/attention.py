@@ -83,7 +83,7 @@ def attend(
     k: Float[Array, "b s kv d"],
     v: Float[Array, "b s kv d"],
     mask: Bool[Array, "b 1 t s"],
-    bias: Float[Array, "b h 1 s"] | None,
+    bias: Float[Array, "_ h 1 s"] | None,  # one row for all of a batch where a cache holds the keys
 ) -> Float[Array, "b t h d"]:
     """``softmax(cap(q k' scale) + bias) v`` over what the mask allows."""
     scale = (config.query_scalar or config.head_dim) ** -0.5
