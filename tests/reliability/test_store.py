@@ -54,7 +54,10 @@ def report(index: int) -> LayerReport:
         rtn_error=None,
         fell_back=bool(index % 2),
         groups=(group,),
-        linears=(LinearReport(path="a", method="awq"), LinearReport(path="b", method="rtn", reason="because")),
+        linears=(
+            LinearReport(path="a", method="awq", starved=(3, 5)),
+            LinearReport(path="b", method="rtn", reason="because"),
+        ),
     )
 
 
