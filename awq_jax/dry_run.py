@@ -6,6 +6,7 @@ compiled as it will be, and asked what it holds.
 """
 
 import dataclasses
+import math
 import pathlib
 import resource
 from collections.abc import Sequence
@@ -79,10 +80,11 @@ class DryRun:
         return {**dataclasses.asdict(self), "peak_memory_bytes": self.peak_memory_bytes, "flops": self.flops}
 
 
-def _written(spec: QuantSpec, k: int, n: int) -> int:
-    """Bytes of a quantized weight: nibbles, and a scale and at most a byte of zero for each group."""
+def _written(spec: QuantSpec, *shape: int) -> int:
+    """Bytes of a quantized weight ``[*experts, k, n]``: nibbles, a scale and at most a byte of zero for each group."""
+    *experts, k, n = shape
     scale = 4 if spec.scale_dtype == "float32" else 2
-    return k * n // 2 + (scale + 1) * n * (k // spec.rows_per_group(k))
+    return math.prod(experts) * (k * n // 2 + (scale + 1) * n * (k // spec.rows_per_group(k)))
 
 
 def layer_bytes(checkpoint: HFCheckpoint, index: int, plan: LayerPlan) -> tuple[int, int]:
@@ -176,9 +178,9 @@ def dry_run(
     for index, plan in enumerate(plans):
         shapes = {path: checkpoint.shape(path) for path in checkpoint.paths() if path.startswith(f"layers/{index}/")}
         kernels = {
-            path.removeprefix(f"layers/{index}/").removesuffix("/kernel"): (shape[0], shape[1])
-            for path, shape in shapes.items()
-            if path.endswith("/kernel") and len(shape) == 2
+            path.removeprefix(f"layers/{index}/").removesuffix("/kernel"): (shape[-2], _size(shape) // shape[-2])
+            for path, shape in shapes.items()  # of experts all, as if every token reached each: at most so much
+            if path.endswith("/kernel") and len(shape) > 1
         }
         before, after = layer_bytes(checkpoint, index, plan)
         flops = _layer_flops(plan, kernels, tokens, min(tokens, MEASURED))

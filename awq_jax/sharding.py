@@ -131,15 +131,15 @@ def refuse_straddling(plans: Sequence[LayerPlan], shapes: Mapping[str, tuple[int
     if serve_tp < 1:
         raise ValueError(f"serve_tp is {serve_tp}; it must be at least 1 (--serve-tp).")
     rows = {
-        (path, spec.rows_per_group(shapes[path][0], path), index)
+        (path, spec.rows_per_group(shapes[path][-2], path), index)
         for index, plan in enumerate(plans)
         for group in plan.groups
         for path, spec, _ in group.quantized
         if _is_cut_by_rows(group, path)
     }
-    widths = {shapes[path][0] for path, _, _ in rows}
+    widths = {shapes[path][-2] for path, _, _ in rows}
     for path, g, index in sorted(rows, key=lambda row: (row[2], row[0])):
-        k = shapes[path][0]
+        k = shapes[path][-2]
         if k % serve_tp or (k // serve_tp) % g:
             fits = [str(size) for size in _SIZES if all(width % (serve_tp * size) == 0 for width in widths)]
             remedy = f"group sizes that work: {', '.join(fits)} (--group-size)" if fits else "no group size works"

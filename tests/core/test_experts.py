@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from awq_jax import QuantSpec, SearchSpec, dequantize, observe, quantize
+from awq_jax import QTensor, QuantSpec, SearchSpec, dequantize, observe, quantize
 from awq_jax._experts import ExpertRows, observe_experts, ragged_matmul, without_starved
 from awq_jax._plan import GroupPlan, LayerPlan
 from awq_jax._quantize import quantize_layer
@@ -36,7 +36,8 @@ def test_each_row_meets_its_own_weight(rng, sent, quantized):
         weight = quantize(weight, QuantSpec(group_size=4))
     got = jax.jit(ragged_matmul)(sent.rows, weight, sent.sizes)
     for expert in range(E):
-        dense = np.asarray(dequantize(weight[expert]) if quantized else weight[expert], np.float64)
+        one = weight[expert]
+        dense = np.asarray(dequantize(one) if isinstance(one, QTensor) else one, np.float64)
         wanted = np.asarray(sent.rows[of(expert)], np.float64) @ dense
         np.testing.assert_allclose(got[of(expert)], wanted, rtol=1e-5, atol=1e-5)
 
