@@ -74,13 +74,14 @@ def to_markdown(rows: list[dict[str, Any]]) -> str:
     by_name: dict[str, dict[tuple[str, int], dict[str, Any]]] = {}
     for row in rows:
         by_name.setdefault(row["recipe"], {})[row["model"], row["bits"]] = row
-    base = by_name["round to nearest"]
+    base = by_name.get("round to nearest", {})
     lines = [
         "| recipe | " + " | ".join(f"{model} INT{bits}" for model, bits in columns) + " |",
         "|---" * (len(columns) + 1) + "|",
     ]
     for name, found in by_name.items():
-        cells = (f"{found[c]['kl']:.4f} ({found[c]['kl'] / base[c]['kl']:.2f})" if c in found else "" for c in columns)
+        ratio = {c: f" ({row['kl'] / base[c]['kl']:.2f})" if c in base else "" for c, row in found.items()}
+        cells = (f"{found[c]['kl']:.4f}{ratio[c]}" if c in found else "" for c in columns)
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
