@@ -2,7 +2,6 @@
 """From a family's table and a recipe to what will be done to one layer: static, hashable, checked before any work."""
 
 import dataclasses
-import fnmatch
 from collections.abc import Iterable, Mapping
 
 from awq_jax._spec import GPTQSpec, QuantSpec, Recipe, SearchSpec
@@ -76,15 +75,6 @@ def _relative(group: Group) -> Group:
     )
 
 
-def _spec_of(path: str, recipe: Recipe, used: set[str]) -> QuantSpec | None:
-    """The first override that matches a full path, else the recipe's format."""
-    for glob, spec in recipe.overrides:
-        if fnmatch.fnmatchcase(path, glob):
-            used.add(glob)
-            return spec
-    return recipe.quant
-
-
 def plan_layers(
     family: Family,
     recipe: Recipe,
@@ -110,12 +100,14 @@ def plan_layers(
             f"family {family.name!r} has experts, and quantized layers before a router change which of them a token "
             "reaches: propagate='quantized' is not implemented for it. Use 'dense'."
         )
-    used: set[str] = set()
+    used: set[str | None] = set()
     plans = []
     for index in range(layers):
         groups = []
         for row in map(_relative, family.groups):
-            specs = tuple(_spec_of(f"layers/{index}/{path}", recipe, used) for path in row.sinks)
+            decided = [recipe.spec_of(f"layers/{index}/{path}") for path in row.sinks]
+            used.update(glob for glob, _ in decided)
+            specs = tuple(spec for _, spec in decided)
             for path, spec in zip(row.sinks, specs, strict=True):
                 if spec is not None:
                     spec.rows_per_group(widths[path], f"layers/{index}/{path}/kernel")

@@ -71,6 +71,18 @@ def dequantize(weight: QTensor, dtype: Any = jnp.float32) -> Array:
     return _dequantize(weight.packed, weight.scale, weight.zero).astype(dtype)
 
 
+def dequantize_tree(tree: Any, dtype: Any = jnp.float32) -> Any:
+    """A tree in which every `QTensor` is replaced by the dense weight that it stands for; other leaves stay.
+
+    Args:
+      tree: of arrays and `QTensor` leaves.
+      dtype: of the dense weights.
+    """
+    is_weight = lambda leaf: isinstance(leaf, QTensor)
+    dense = lambda leaf: dequantize(leaf, dtype) if is_weight(leaf) else leaf
+    return jax.tree.map(dense, tree, is_leaf=is_weight)
+
+
 def matmul(x: Array, weight: QTensor | Array) -> Array:
     """``x @ weight`` for a dense or a quantized weight, without building the dense one.
 

@@ -55,7 +55,7 @@ def _search_group(params: Params, plan: GroupPlan, layer: LayerPlan, stats: ActS
     kernels = [flat(get(params, path)["kernel"]) for path, _, _ in plan.quantized]
     specs = [spec for _, spec, _ in plan.quantized]
     # A sink left in floating point still shares the input: its rows are scaled, but it adds no error.
-    search = layer.search if plan.group.producer is not None else dataclasses.replace(layer.search, rules=())
+    search = layer.search if plan.group.producer is not None else layer.search.identity_only
     return search_scale(stats, kernels, search, specs, tie=plan.tie, loss=loss)
 
 

@@ -2,6 +2,8 @@
 """What to do: the frozen records that decide a quantization. They hold no arrays and are hashable."""
 
 import dataclasses
+import fnmatch
+import math
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -49,6 +51,16 @@ class QuantSpec:
     def levels(self) -> int:
         """The largest code, ``2**bits - 1``."""
         return 2**self.bits - 1
+
+    def nbytes(self, *shape: int) -> int:
+        """Bytes of a quantized weight ``[*b, k, n]``: nibbles, a scale and at most a byte of zero for each group.
+
+        >>> QuantSpec().nbytes(256, 10)
+        1340
+        """
+        *batch, k, n = shape
+        scale = 4 if self.scale_dtype == "float32" else 2
+        return math.prod(batch) * (k * n // 2 + (scale + 1) * n * (k // self.rows_per_group(k)))
 
     def rows_per_group(self, k: int, name: str = "weight") -> int:
         """Group size for a contraction axis of length k.
@@ -194,6 +206,11 @@ class SearchSpec:
         return 1 if self.tokens_per_channel is None else max(1, tokens // (self.tokens_per_channel * k))
 
     @property
+    def identity_only(self) -> "SearchSpec":
+        """The same without rules: identity is measured, nothing competes with it."""
+        return dataclasses.replace(self, rules=())
+
+    @property
     def candidates(self) -> tuple[tuple[ScaleRule, float, float], ...]:
         """(rule, p, q) of every candidate, identity first."""
         identity = rule("identity")
@@ -256,12 +273,23 @@ class Recipe:
         if self.method not in METHODS:
             raise ValueError(f"Recipe.method is {self.method!r}; the methods are {', '.join(METHODS)}.")
 
+    def spec_of(self, *names: str) -> tuple[str | None, QuantSpec | None]:
+        """The override that decides for a weight, by any of its names, and the weight's format.
+
+        >>> Recipe(overrides=(("*/o", None),)).spec_of("attn/o")
+        ('*/o', None)
+        """
+        for glob, spec in self.overrides:
+            if any(fnmatch.fnmatchcase(name, glob) for name in names):
+                return glob, spec
+        return None, self.quant
+
     @property
     def searches(self) -> SearchSpec:
         """What the method looks for: nothing but identity, where it does not search."""
         if "awq" in self.method:
             return self.search
-        return dataclasses.replace(self.search, rules=(), clip_ratios=())
+        return dataclasses.replace(self.search.identity_only, clip_ratios=())
 
     @property
     def feedback(self) -> GPTQSpec | None:

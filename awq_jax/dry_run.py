@@ -6,7 +6,6 @@ compiled as it will be, and asked what it holds.
 """
 
 import dataclasses
-import math
 import pathlib
 import resource
 from collections.abc import Sequence
@@ -16,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from awq_jax._plan import GroupPlan, LayerPlan
-from awq_jax._spec import QuantSpec, Recipe
+from awq_jax._spec import Recipe
 from awq_jax.layer_step import quantize_and_measure
 from awq_jax.pipeline import MEASURED, open_planned, refuse_below_one
 from awq_jax_convert.hf import HFCheckpoint
@@ -80,13 +79,6 @@ class DryRun:
         return {**dataclasses.asdict(self), "peak_memory_bytes": self.peak_memory_bytes, "flops": self.flops}
 
 
-def _written(spec: QuantSpec, *shape: int) -> int:
-    """Bytes of a quantized weight ``[*experts, k, n]``: nibbles, a scale and at most a byte of zero for each group."""
-    *experts, k, n = shape
-    scale = 4 if spec.scale_dtype == "float32" else 2
-    return math.prod(experts) * (k * n // 2 + (scale + 1) * n * (k // spec.rows_per_group(k)))
-
-
 def layer_bytes(checkpoint: HFCheckpoint, index: int, plan: LayerPlan) -> tuple[int, int]:
     """Bytes of a layer's tensors as they are, and as they will be."""
     prefix = f"layers/{index}/"
@@ -94,7 +86,7 @@ def layer_bytes(checkpoint: HFCheckpoint, index: int, plan: LayerPlan) -> tuple[
     after = before
     for path, spec, _ in (row for group in plan.groups for row in group.quantized):
         name = f"{prefix}{path}/kernel"
-        after += _written(spec, *checkpoint.shape(name)) - checkpoint.stored_nbytes(name)
+        after += spec.nbytes(*checkpoint.shape(name)) - checkpoint.stored_nbytes(name)
     return before, after
 
 

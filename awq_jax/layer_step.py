@@ -16,12 +16,13 @@ from jaxtyping import Array
 from awq_jax._experts import ExpertRows, flat, observe_experts, stacked
 from awq_jax._plan import GroupPlan, LayerPlan
 from awq_jax._pytree import pytree
+from awq_jax._qtensor import dequantize_tree
 from awq_jax._quantize import quantize_layer, round_layer
 from awq_jax._stats import ActStats, calibrate, observe
 from awq_jax._tree import get, put
 from awq_jax.models.config import DecoderConfig
 from awq_jax.models.functional import block, part
-from awq_jax.propagate import reobserver, unpacked
+from awq_jax.propagate import reobserver
 
 __all__ = ["LayerOutcome", "quantize_and_measure"]
 
@@ -116,7 +117,7 @@ def _relative_errors(
     config: DecoderConfig, versions: list[Params], hidden: Array, stream: Array, target: Array, mask: Array
 ) -> list[Array]:
     """Squared output error of each version of a layer over the square of the float output's change to the stream."""
-    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *map(unpacked, versions))
+    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *map(dequantize_tree, versions))
     keep = mask[..., None]
     power = jnp.sum(jnp.where(keep, target - hidden, 0.0) ** 2)
 
@@ -173,7 +174,7 @@ def quantize_and_measure(
     return LayerOutcome(
         layer=dataclasses.replace(searched, params=chosen),
         hidden=outputs,
-        stream=forward(unpacked(chosen), stream) if plan.propagate else None,
+        stream=forward(dequantize_tree(chosen), stream) if plan.propagate else None,
         error=error,
         rtn_error=rtn_error,
         finite=finite,

@@ -2,7 +2,6 @@
 """A checkpoint directory in, a quantized one out, one layer in memory at a time."""
 
 import dataclasses
-import math
 import pathlib
 import resource
 import time
@@ -151,9 +150,7 @@ def _expected_bytes(checkpoint: HFCheckpoint, plans: tuple[LayerPlan, ...]) -> i
     for index, plan in enumerate(plans):
         for path, spec, _ in (row for group in plan.groups for row in group.quantized):
             name = f"layers/{index}/{path}/kernel"
-            *experts, k, n = checkpoint.shape(name)
-            n *= math.prod(experts)
-            total += k * n // 2 + 3 * n * (k // spec.rows_per_group(k)) - checkpoint.stored_nbytes(name)
+            total += spec.nbytes(*checkpoint.shape(name)) - checkpoint.stored_nbytes(name)
     return total
 
 

@@ -9,20 +9,14 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from awq_jax._plan import GroupPlan
-from awq_jax._qtensor import QTensor, dequantize
+from awq_jax._qtensor import dequantize_tree
 from awq_jax.methods.drift import Drift, merge_drift, observe_drift
 from awq_jax.models.config import DecoderConfig
 from awq_jax.models.functional import block
 
-__all__ = ["reobserver", "unpacked"]
+__all__ = ["reobserver"]
 
 Params = Any
-
-
-def unpacked(params: Params) -> Params:
-    """Every `QTensor` replaced by the weight it stands for."""
-    is_weight = lambda leaf: isinstance(leaf, QTensor)
-    return jax.tree.map(lambda leaf: dequantize(leaf) if is_weight(leaf) else leaf, params, is_leaf=is_weight)
 
 
 def reobserver(
@@ -41,7 +35,7 @@ def reobserver(
     """
 
     def of_group(folded: Params, done: Params, group: GroupPlan) -> Drift:
-        name, done = group.group.sinks[0], unpacked(done)
+        name, done = group.group.sinks[0], dequantize_tree(done)
 
         def at_tap(params: Params, h: Array) -> Array:
             seen: dict[str, Array] = {}

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Search, fold and round every group of a table."""
 
-import fnmatch
 from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
@@ -18,7 +17,7 @@ from awq_jax.adapt.fold import fold_instances, rows_of
 from awq_jax.adapt.kernel import QKernel, dtype_name
 from awq_jax.adapt.layout import Layout
 from awq_jax.adapt.program import flatten, unflatten
-from awq_jax.adapt.search import identity_only, round_matrix, search_group
+from awq_jax.adapt.search import round_matrix, search_group
 from awq_jax.adapt.table import Instance, Table
 from awq_jax.report import GroupReport, LinearReport
 
@@ -49,14 +48,12 @@ def specs_of(table: Table, recipe: Recipe) -> dict[str, QuantSpec | None]:
       ValueError: a group size does not divide a weight's contraction dimension, or a glob matches nothing.
     """
     specs: dict[str, QuantSpec | None] = {}
-    used: set[str] = set()
+    used: set[str | None] = set()
     for path in table.weights:
-        names = (path, path.rpartition("/")[0])
-        hit = next(((g, s) for g, s in recipe.overrides if any(fnmatch.fnmatchcase(n, g) for n in names)), None)
-        specs[path] = recipe.quant if hit is None else hit[1]
-        if hit is not None:
-            used.add(hit[0])
-        if (spec := specs[path]) is not None:
+        glob, spec = recipe.spec_of(path, path.rpartition("/")[0])
+        used.add(glob)
+        specs[path] = spec
+        if spec is not None:
             spec.rows_per_group(table.weights[path].k, path)
     if unused := [glob for glob, _ in recipe.overrides if glob not in used]:
         raise ValueError(
@@ -152,7 +149,7 @@ def _search(
         [_stats_of(path, stats, table) for path in paths],
         [layout.matrix(leaves[path]) for path, layout in zip(paths, layouts, strict=True)],
         specs=tuple(spec for path in paths if (spec := specs[path]) is not None),
-        search=recipe.search if free else identity_only(recipe.search),
+        search=recipe.search if free else recipe.search.identity_only,
         tie=instance.group.tie,
         lead=lead,
     )

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """One group of any layout: search, clip and round. Pure; groups of equal shapes share a compilation."""
 
-import dataclasses
+import functools
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -14,7 +14,7 @@ from awq_jax._clip import search_clip
 from awq_jax._round import quantize
 from awq_jax._search import ScaleResult, gram_loss, search_scale
 from awq_jax._spec import QuantSpec, SearchSpec
-from awq_jax._stats import ActStats
+from awq_jax._stats import ActStats, merge
 from awq_jax._tie import Tie
 from awq_jax.adapt.record import pool_stats
 
@@ -64,15 +64,7 @@ def search_group(
         wide = [m.reshape(-1, *m.shape[-2:]) for m in matrices]
         columns = [jnp.moveaxis(w, 0, 1).reshape(w.shape[1], -1) for w in wide]
         pooled = [pool_stats(s) for s in each]
-        total = pooled[0]
-        for more in pooled[1:]:
-            total = ActStats(
-                count=total.count + more.count,
-                abs_sum=total.abs_sum + more.abs_sum,
-                abs_max=jnp.maximum(total.abs_max, more.abs_max),
-                gram=total.gram,
-                histogram=None if total.histogram is None else total.histogram + more.histogram,
-            )
+        total = functools.reduce(merge, pooled)
 
         def loss(candidates: list[Array]) -> Array:
             error = jnp.float32(0)
@@ -112,8 +104,3 @@ def round_matrix(
     if gram is None:
         return over_lead(lambda w, t: one(w, t, None), wide.ndim - 2)(wide, t)
     return over_lead(one, wide.ndim - 2)(wide, t, gram)
-
-
-def identity_only(search: SearchSpec) -> SearchSpec:
-    """The search that measures identity and nothing else."""
-    return dataclasses.replace(search, rules=())

@@ -3,9 +3,19 @@
 
 from typing import Any, Literal
 
-from awq_jax.families._table import Key
+from awq_jax.families._table import Group, Key, Linear, Norm
 
-__all__ = ["linear", "norm", "without"]
+__all__ = ["BEHIND_GELU", "PLAIN_MLP", "linear", "norm", "without"]
+
+L = "layers/*"
+
+BEHIND_GELU = Group(None, (f"{L}/mlp/down",), reason="a GELU lies between it and up, and a scale does not pass a GELU")
+
+PLAIN_MLP = (  # all groups of a layer whose MLP has no gate, but for what its down projection reads
+    Group(Norm(f"{L}/input_norm"), (f"{L}/attn/q", f"{L}/attn/k", f"{L}/attn/v"), output=f"{L}/attn"),
+    Group(Linear(f"{L}/attn/v", tie="gqa"), (f"{L}/attn/o",)),
+    Group(Norm(f"{L}/post_norm"), (f"{L}/mlp/up",), output=f"{L}/mlp"),
+)
 
 
 def linear(

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Bloom: ALiBi, a norm after the embedding, q, k and v interleaved by head, a plain MLP."""
 
-from awq_jax.families._rows import linear, norm
-from awq_jax.families._table import Family, Group, Key, Linear, Norm
+from awq_jax.families._rows import BEHIND_GELU, PLAIN_MLP, linear, norm
+from awq_jax.families._table import Family, Key
 
 __all__ = ["BLOOM"]
 
@@ -11,12 +11,7 @@ L, HF = "layers/*", "transformer.h.*"
 BLOOM = Family(
     name="bloom",
     architectures=("BloomForCausalLM",),
-    groups=(
-        Group(Norm(f"{L}/input_norm"), (f"{L}/attn/q", f"{L}/attn/k", f"{L}/attn/v"), output=f"{L}/attn"),
-        Group(Linear(f"{L}/attn/v", tie="gqa"), (f"{L}/attn/o",)),
-        Group(Norm(f"{L}/post_norm"), (f"{L}/mlp/up",), output=f"{L}/mlp"),
-        Group(None, (f"{L}/mlp/down",), reason="a GELU lies between it and up, and a scale does not pass a GELU"),
-    ),
+    groups=(*PLAIN_MLP, BEHIND_GELU),
     prefix="transformer.",
     keys=(
         Key("transformer.word_embeddings.weight", "embed/embedding"),

@@ -3,14 +3,13 @@
 
 import dataclasses
 
-from awq_jax.families._rows import linear, norm
+from awq_jax.families._rows import BEHIND_GELU, linear, norm
 from awq_jax.families._table import Family, Group, Key, Linear, Norm
 
 __all__ = ["FALCON", "FALCON_NEW"]
 
 L, HF = "layers/*", "transformer.h.*"
 QKV = (f"{L}/attn/q", f"{L}/attn/k", f"{L}/attn/v")
-GELU = "a GELU lies between it and up, and a scale does not pass a GELU"
 
 _LAYER = (
     *linear(f"{HF}.self_attention.query_key_value", QKV, bias=True, layout="grouped"),
@@ -34,7 +33,7 @@ FALCON = Family(
         # One norm feeds attention and the MLP: they share one scale.
         Group(Norm(f"{L}/input_norm"), (*QKV, f"{L}/mlp/up")),
         Group(Linear(f"{L}/attn/v", tie="gqa"), (f"{L}/attn/o",)),
-        Group(None, (f"{L}/mlp/down",), reason=GELU),
+        BEHIND_GELU,
     ),
     prefix="transformer.",
     keys=(*_REST, *_LAYER, *norm(f"{HF}.input_layernorm", f"{L}/input_norm", bias=True)),
@@ -85,7 +84,7 @@ FALCON_NEW = dataclasses.replace(
         Group(Norm(f"{L}/input_norm"), QKV, output=f"{L}/attn"),
         Group(Linear(f"{L}/attn/v", tie="gqa"), (f"{L}/attn/o",)),
         Group(Norm(f"{L}/post_norm"), (f"{L}/mlp/up",), output=f"{L}/mlp"),
-        Group(None, (f"{L}/mlp/down",), reason=GELU),
+        BEHIND_GELU,
     ),
     keys=(
         *_REST,

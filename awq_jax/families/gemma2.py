@@ -3,7 +3,7 @@
 
 import dataclasses
 
-from awq_jax.families._rows import norm, without
+from awq_jax.families._rows import norm
 from awq_jax.families.gemma import GEMMA
 
 __all__ = ["GEMMA2", "NORMS"]
@@ -24,7 +24,7 @@ GEMMA2 = dataclasses.replace(
     keys=(*(key for key in GEMMA.keys if "_layernorm" not in key.theirs), *NORMS),
     options=(("norm_offset", 1.0), ("scale_embedding", True), ("norm_placement", "both")),
     config=(
-        *without(GEMMA.config),
+        *GEMMA.config,
         ("hidden_activation", "activation"),
         ("query_pre_attn_scalar", "query_scalar"),
         ("attn_logit_softcapping", "attn_softcap"),

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """GPT-NeoX and Pythia: attention and MLP side by side, q, k and v interleaved by head, a plain MLP."""
 
-from awq_jax.families._rows import linear, norm
-from awq_jax.families._table import Family, Group, Key, Linear, Norm
+from awq_jax.families._rows import BEHIND_GELU, PLAIN_MLP, linear, norm
+from awq_jax.families._table import Family, Key
 
 __all__ = ["GPT_NEOX"]
 
@@ -11,12 +11,7 @@ L, HF = "layers/*", "gpt_neox.layers.*"
 GPT_NEOX = Family(
     name="gpt_neox",
     architectures=("GPTNeoXForCausalLM",),
-    groups=(
-        Group(Norm(f"{L}/input_norm"), (f"{L}/attn/q", f"{L}/attn/k", f"{L}/attn/v"), output=f"{L}/attn"),
-        Group(Linear(f"{L}/attn/v", tie="gqa"), (f"{L}/attn/o",)),
-        Group(Norm(f"{L}/post_norm"), (f"{L}/mlp/up",), output=f"{L}/mlp"),
-        Group(None, (f"{L}/mlp/down",), reason="a GELU lies between it and up, and a scale does not pass a GELU"),
-    ),
+    groups=(*PLAIN_MLP, BEHIND_GELU),
     prefix="gpt_neox.",
     keys=(
         Key("gpt_neox.embed_in.weight", "embed/embedding"),

@@ -1,18 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Llama 1 to 3: what the other tables are relatives of."""
 
+from awq_jax.families._rows import linear, norm
 from awq_jax.families._table import Family, Group, Key, Linear, Norm
 
 __all__ = ["LLAMA"]
 
 L = "layers/*"
 HF = "model.layers.*"
-
-
-def _linear(theirs: str, ours: str, *, bias: bool = False) -> tuple[Key, ...]:
-    weight = Key(f"{HF}.{theirs}.weight", f"{L}/{ours}/kernel", transpose=True)
-    return (weight, Key(f"{HF}.{theirs}.bias", f"{L}/{ours}/bias", optional=True)) if bias else (weight,)
-
 
 LLAMA = Family(
     name="llama",
@@ -25,16 +20,16 @@ LLAMA = Family(
     ),
     keys=(
         Key("model.embed_tokens.weight", "embed/embedding"),
-        *_linear("self_attn.q_proj", "attn/q", bias=True),
-        *_linear("self_attn.k_proj", "attn/k", bias=True),
-        *_linear("self_attn.v_proj", "attn/v", bias=True),
-        *_linear("self_attn.o_proj", "attn/o", bias=True),
-        *_linear("mlp.gate_proj", "mlp/gate", bias=True),
-        *_linear("mlp.up_proj", "mlp/up", bias=True),
-        *_linear("mlp.down_proj", "mlp/down", bias=True),
-        Key(f"{HF}.input_layernorm.weight", f"{L}/input_norm/scale"),
-        Key(f"{HF}.post_attention_layernorm.weight", f"{L}/post_norm/scale"),
-        Key("model.norm.weight", "norm/scale"),
+        *linear(f"{HF}.self_attn.q_proj", f"{L}/attn/q", bias=True),
+        *linear(f"{HF}.self_attn.k_proj", f"{L}/attn/k", bias=True),
+        *linear(f"{HF}.self_attn.v_proj", f"{L}/attn/v", bias=True),
+        *linear(f"{HF}.self_attn.o_proj", f"{L}/attn/o", bias=True),
+        *linear(f"{HF}.mlp.gate_proj", f"{L}/mlp/gate", bias=True),
+        *linear(f"{HF}.mlp.up_proj", f"{L}/mlp/up", bias=True),
+        *linear(f"{HF}.mlp.down_proj", f"{L}/mlp/down", bias=True),
+        *norm(f"{HF}.input_layernorm", f"{L}/input_norm"),
+        *norm(f"{HF}.post_attention_layernorm", f"{L}/post_norm"),
+        *norm("model.norm", "norm"),
         Key("lm_head.weight", "lm_head/kernel", transpose=True, optional=True),  # absent where tied
         Key(f"{HF}.self_attn.rotary_emb.inv_freq", "", optional=True),  # a buffer that old checkpoints carry
     ),

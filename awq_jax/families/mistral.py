@@ -3,6 +3,7 @@
 
 import dataclasses
 
+from awq_jax.families._rows import without
 from awq_jax.families.llama import LLAMA
 
 __all__ = ["MISTRAL"]
@@ -11,6 +12,6 @@ MISTRAL = dataclasses.replace(
     LLAMA,
     name="mistral",
     architectures=("MistralForCausalLM",),
-    config=(*(row for row in LLAMA.config if not row[0].endswith("_bias")), ("sliding_window", "sliding_window")),
+    config=(*without(LLAMA.config, "attention_bias", "mlp_bias"), ("sliding_window", "sliding_window")),
     defaults=(("sliding_window", 4096),),  # null is no window; left out is the first model's
 )

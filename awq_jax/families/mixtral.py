@@ -3,7 +3,7 @@
 
 import dataclasses
 
-from awq_jax.families._rows import linear, without
+from awq_jax.families._rows import linear
 from awq_jax.families._table import Group, Linear, Norm
 from awq_jax.families.mistral import MISTRAL
 
@@ -34,7 +34,7 @@ MIXTRAL = dataclasses.replace(
         *linear(f"{HF}.experts.*.w2", f"{L}/mlp/experts/down"),
     ),
     config=(
-        *without(MISTRAL.config),
+        *MISTRAL.config,
         ("intermediate_size", "expert_size"),
         ("num_local_experts", "num_experts"),
         ("num_experts_per_tok", "experts_per_token"),

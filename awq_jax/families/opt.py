@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """OPT: learned positions and a plain MLP with a ReLU, which a positive scale passes."""
 
-from awq_jax.families._rows import linear, norm
-from awq_jax.families._table import Family, Group, Key, Linear, Norm
+from awq_jax.families._rows import PLAIN_MLP, linear, norm
+from awq_jax.families._table import Family, Group, Key, Linear
 
 __all__ = ["OPT"]
 
@@ -12,9 +12,7 @@ OPT = Family(
     name="opt",
     architectures=("OPTForCausalLM",),
     groups=(
-        Group(Norm(f"{L}/input_norm"), (f"{L}/attn/q", f"{L}/attn/k", f"{L}/attn/v"), output=f"{L}/attn"),
-        Group(Linear(f"{L}/attn/v", tie="gqa"), (f"{L}/attn/o",)),
-        Group(Norm(f"{L}/post_norm"), (f"{L}/mlp/up",), output=f"{L}/mlp"),
+        *PLAIN_MLP,
         Group(Linear(f"{L}/mlp/up"), (f"{L}/mlp/down",)),  # relu(x / t) = relu(x) / t for t > 0
     ),
     prefix="model.",

@@ -3,6 +3,7 @@
 
 import dataclasses
 
+from awq_jax.families._rows import without
 from awq_jax.families.llama import LLAMA
 
 __all__ = ["QWEN2"]
@@ -12,7 +13,7 @@ QWEN2 = dataclasses.replace(
     name="qwen2",
     architectures=("Qwen2ForCausalLM",),
     options=(("qkv_bias", True),),  # config.json does not say so
-    config=tuple(row for row in LLAMA.config if not row[0].endswith("_bias")),
+    config=without(LLAMA.config, "attention_bias", "mlp_bias"),
     accepts=(*LLAMA.accepts, ("use_sliding_window", (False,))),
     ignores=("sliding_window", "max_window_layers"),  # without effect unless use_sliding_window
 )

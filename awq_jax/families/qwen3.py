@@ -3,6 +3,7 @@
 
 import dataclasses
 
+from awq_jax.families._rows import without
 from awq_jax.families._table import Key
 from awq_jax.families.llama import LLAMA
 
@@ -22,7 +23,7 @@ QWEN3 = dataclasses.replace(
         Key(f"{HF}.self_attn.q_norm.weight", f"{L}/attn/q_norm/scale"),
         Key(f"{HF}.self_attn.k_norm.weight", f"{L}/attn/k_norm/scale"),
     ),
-    config=tuple(row for row in LLAMA.config if row[0] != "mlp_bias"),
+    config=without(LLAMA.config, "mlp_bias"),
     accepts=(*LLAMA.accepts, ("use_sliding_window", (False,))),
     ignores=("sliding_window", "max_window_layers"),
 )

@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-__all__ = ["sample"]
+__all__ = ["sample", "truncated"]
 
 
 def sample(
@@ -39,11 +39,27 @@ def sample(
     if key is None:
         raise ValueError("sampling at a temperature above 0 needs a random key.")
     logits = logits / temperature
-    if top_k is not None and top_k < logits.shape[-1]:
-        logits = jnp.where(logits < jax.lax.top_k(logits, top_k)[0][:, -1:], -jnp.inf, logits)
-    if top_p is not None and top_p < 1:
-        ranked = jnp.sort(logits, axis=-1, descending=True)
-        before = jnp.cumsum(jax.nn.softmax(ranked), axis=-1) - jax.nn.softmax(ranked)
-        last = jnp.min(jnp.where(before < top_p, ranked, jnp.inf), axis=-1, keepdims=True)
-        logits = jnp.where(logits < last, -jnp.inf, logits)
+    if top_k is not None or top_p is not None:
+        every = lambda value, dtype: jnp.full(logits.shape[:1], value, dtype)
+        keep = min(top_k or logits.shape[-1], logits.shape[-1])
+        logits = truncated(logits, every(keep, jnp.int32), every(1.0 if top_p is None else top_p, jnp.float32))
     return jax.random.categorical(key, logits).astype(jnp.int32)
+
+
+def truncated(logits: Float[Array, "b v"], top_k: Int[Array, " b"], top_p: Float[Array, " b"]) -> Float[Array, "b v"]:
+    """Logits with -inf for the tokens that a row's rule leaves out: first all but k, then what p does not reach.
+
+    Args:
+      logits: float32, already divided by the temperature.
+      top_k: 1 .. v; v keeps all.
+      top_p: in (0, 1]; 1 keeps all.
+    """
+    ranked = jnp.sort(logits, axis=-1, descending=True)
+    kth = jnp.take_along_axis(ranked, top_k[:, None] - 1, axis=-1)
+    logits = jnp.where(logits < kth, -jnp.inf, logits)
+    ranked = jnp.where(ranked < kth, -jnp.inf, ranked)
+    share = jax.nn.softmax(ranked, axis=-1)
+    before = jnp.cumsum(share, axis=-1) - share
+    wanted = (before < top_p[:, None]) | (top_p[:, None] >= 1)
+    last = jnp.min(jnp.where(wanted, ranked, jnp.inf), axis=-1, keepdims=True)
+    return jnp.where(logits < last, -jnp.inf, logits)

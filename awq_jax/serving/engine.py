@@ -205,7 +205,7 @@ class Engine:
             self._state, _ = self._prefill(self.params, self._state, tokens, one, row, nothing)
             self._state, _ = self._decode(self.params, self._state, steps=self.steps, span=bucket)
 
-    def fail(self, reason: BaseException) -> None:
+    def fail(self) -> None:
         """End every request after an error of the device; the slots start anew."""
         with self._lock:
             tickets = [*filter(None, self._tickets), *self._waiting]
@@ -215,7 +215,6 @@ class Engine:
         for ticket in tickets:
             ticket.deliver([], "failed")
         self._state = self._empty()  # a donated buffer is gone if the step that took it failed
-        del reason
 
     def generate(self, requests: Iterable[Request]) -> list[list[int]]:
         """Run requests to their ends, without a thread: the offline way."""

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from awq_jax._qtensor import QTensor, dequantize
+from awq_jax._qtensor import QTensor, dequantize_tree
 from awq_jax._round import quantize
 from awq_jax._spec import QuantSpec
 from awq_jax.models import DecoderConfig
@@ -63,19 +63,12 @@ def load(
       FileNotFoundError, ValueError: as `awq_jax_convert.formats.open_checkpoint`.
     """
     checkpoint = open_checkpoint(path)
-    unpack = lambda tree: jax.tree.map(
-        lambda leaf: dequantize(leaf, dtype) if isinstance(leaf, QTensor) else leaf, tree, is_leaf=_is_weight
-    )
 
     def place(_: str, tree: Any) -> Any:
         tree = jax.tree.map(jnp.asarray, tree)
-        return unpack(tree) if dense else tree
+        return dequantize_tree(tree, dtype) if dense else tree
 
     return ServingModel(checkpoint=checkpoint, params=read_tree(checkpoint, dtype, place, int4_head=int4_head))
-
-
-def _is_weight(leaf: Any) -> bool:
-    return isinstance(leaf, QTensor)
 
 
 def read_tree(checkpoint: Checkpoint, dtype: Any, place: Place, *, int4_head: bool = False) -> dict[str, Any]:

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from awq_jax._pytree import pytree
+from awq_jax.models.sampling import truncated
 
 __all__ = ["Sampling", "draw"]
 
@@ -56,16 +57,8 @@ def draw(logits: Float[Array, "b v"], sampling: Sampling, positions: Int[Array, 
 def _drawn(logits: Array, sampling: Sampling, positions: Array) -> Array:
     vocab = logits.shape[-1]
     logits = logits / jnp.where(sampling.temperature > 0, sampling.temperature, 1.0)[:, None]
-    ranked = jnp.sort(logits, axis=-1, descending=True)
-    keep = jnp.where(sampling.top_k > 0, jnp.minimum(sampling.top_k, vocab), vocab)[:, None]
-    kth = jnp.take_along_axis(ranked, keep - 1, axis=-1)
-    logits = jnp.where(logits < kth, -jnp.inf, logits)
-    ranked = jnp.where(ranked < kth, -jnp.inf, ranked)
-    share = jax.nn.softmax(ranked, axis=-1)
-    before = jnp.cumsum(share, axis=-1) - share
-    wanted = (before < sampling.top_p[:, None]) | (sampling.top_p[:, None] >= 1)
-    last = jnp.min(jnp.where(wanted, ranked, jnp.inf), axis=-1, keepdims=True)
-    logits = jnp.where(logits < last, -jnp.inf, logits)
+    keep = jnp.where(sampling.top_k > 0, jnp.minimum(sampling.top_k, vocab), vocab)
+    logits = truncated(logits, keep, sampling.top_p)
 
     def one(seed: Array, position: Array, row: Array) -> Array:
         return jax.random.categorical(jax.random.fold_in(jax.random.key(seed), position), row)

@@ -88,8 +88,8 @@ class Worker:
             try:
                 while self.engine.step():
                     pass
-            except Exception as error:
+            except Exception:
                 _log.exception("a step of the engine failed; its requests end")
-                self.engine.fail(error)
+                self.engine.fail()
             if self._closing and not self.engine.waiting and not self.engine.running:
                 return

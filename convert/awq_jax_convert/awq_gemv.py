@@ -48,22 +48,28 @@ def _refuse(name: str, version: str, group_size: int, metas: Mapping[str, Tensor
 
 
 @dataclasses.dataclass(frozen=True)
-class AWQGemv:
+class _InFour:
+    """What the two have in common: four bits, one group size, scales by this name."""
+
+    group_size: int
+
+    scale_part = "scales"
+
+    def scheme(self, name: str, parts: Iterable[str]) -> Scheme:
+        """The number format; whether all zeros are 8 is not known from headers."""
+        return Scheme(4, self.group_size, False)
+
+
+@dataclasses.dataclass(frozen=True)
+class AWQGemv(_InFour):
     """The codec of a ``gemv`` checkpoint; it is only read.
 
     Attributes:
       group_size: rows per scale.
     """
 
-    group_size: int
-
     name = "autoawq-gemv"
     parts = ("qweight", "qzeros", "scales")
-    scale_part = "scales"
-
-    def scheme(self, name: str, parts: Iterable[str]) -> Scheme:
-        """The number format; whether all zeros are 8 is not known from headers."""
-        return Scheme(4, self.group_size, False)
 
     def shape(self, name: str, metas: Mapping[str, TensorMeta]) -> tuple[int, int]:
         """``(k, n)`` of a linear from its tensors' headers; raises ValueError where they don't fit."""
@@ -87,22 +93,15 @@ class AWQGemv:
 
 
 @dataclasses.dataclass(frozen=True)
-class AWQFast:
+class AWQFast(_InFour):
     """The codec of a ``gemv_fast`` or llm-awq checkpoint; it is only read.
 
     Attributes:
       group_size: rows per scale.
     """
 
-    group_size: int
-
     name = "autoawq-gemv_fast"
     parts = ("qweight", "qzeros", "scaled_zeros", "scales")
-    scale_part = "scales"
-
-    def scheme(self, name: str, parts: Iterable[str]) -> Scheme:
-        """The number format; whether all zeros are 8 is not known from headers."""
-        return Scheme(4, self.group_size, False)
 
     def shape(self, name: str, metas: Mapping[str, TensorMeta]) -> tuple[int, int]:
         """``(k, n)`` of a linear from its tensors' headers; raises ValueError where they don't fit."""
