@@ -24,6 +24,7 @@ class Tpu:
       mxu_depth: rows of the contraction that the matrix unit takes at once.
       bf16_vpu: the vector unit computes in bfloat16.
       fp8_mxu: the matrix unit takes bfloat16 times float8.
+      profiled: libtpu profiles kernels for it; there is none for v4, and the one for v7x aborts on most programs.
     """
 
     name: str
@@ -39,6 +40,7 @@ class Tpu:
     megacore: bool = False
     bf16_vpu: bool = False
     fp8_mxu: bool = False
+    profiled: bool = True
 
 
 # Rates: https://cloud.google.com/tpu/docs/system-architecture-tpu-vm. A v7x chip is two devices of
@@ -46,11 +48,25 @@ class Tpu:
 TPUS = {
     tpu.name: tpu
     for tpu in (
-        Tpu("v4", "tpu v4", "v4:2x2x1", False, 1.050, 614.0, 137.5, 16, 1, 128, megacore=True),
+        Tpu("v4", "tpu v4", "v4:2x2x1", False, 1.050, 614.0, 137.5, 16, 1, 128, megacore=True, profiled=False),
         Tpu("v5e", "tpu v5 lite", "v5e:1x1", True, 1.503, 819.0, 197.0, 128, 1, 128),
         Tpu("v5p", "tpu v5", "v5p:2x2x1", False, 1.751, 2765.0, 459.0, 64, 2, 128, megacore=True),
         Tpu("v6e", "tpu v6 lite", "v6e:1x1", True, 1.751, 1640.0, 918.0, 128, 1, 256, bf16_vpu=True),
-        Tpu("v7x", "tpu7x", "tpu7x:2x2x1", False, 2.200, 3700.0, 1155.0, 64, 1, 256, bf16_vpu=True, fp8_mxu=True),
+        Tpu(
+            "v7x",
+            "tpu7x",
+            "tpu7x:2x2x1",
+            False,
+            2.200,
+            3700.0,
+            1155.0,
+            64,
+            1,
+            256,
+            bf16_vpu=True,
+            fp8_mxu=True,
+            profiled=False,
+        ),
     )
 }
 

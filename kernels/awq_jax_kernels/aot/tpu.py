@@ -74,8 +74,7 @@ def compile_programs(
       KeyError: a generation that is not in the table.
     """
     tpu = TPUS[generation]
-    # There is no profile for v4, and the one for v7x aborts on most programs; figures of two kinds can't be ranked.
-    profile = profile and generation not in ("v4", "v7x")
+    profile = profile and tpu.profiled  # figures of two kinds can't be ranked
     results: list[Compiled] = []
     while len(results) < len(programs):
         results.extend(_child(programs[len(results) :], tpu, profile, timeout_s, memory_mb))

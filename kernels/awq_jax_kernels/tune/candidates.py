@@ -46,8 +46,10 @@ def _cuts(tpu: Tpu, variant: Variant, bm: int, m: int, k: int, n: int) -> Iterat
         if n % (bn * cores) or not low <= k * bn // 2 <= high:
             continue
         steps = n // cores // bn
-        # The last share of y is written when nothing else is left to do; a large one had better be short.
-        most = max(s for s in (1, 2, 3, 4, 6, 7, 8) if steps % s == 0 and (s == 1 or steps // s > 1))
+        # The last share of y is written when nothing else is left to do; a large one had better be short. A loop of one
+        # turn is unrolled into the share, where its bundles can't be told apart: without a profile, take two at least.
+        turns = 1 if tpu.profiled else 2
+        most = max(s for s in (1, 2, 3, 4, 6, 7, 8) if steps % s == 0 and (s == 1 or steps // s > turns))
         for tile, splits in {(min(bn, tile), s) for tile in (256, 512) for s in ({1, most} if m <= 32 else {most})}:
             yield BlockConfig(
                 variant,
