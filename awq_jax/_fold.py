@@ -10,6 +10,7 @@ from typing import Any
 
 from jaxtyping import Array, Float
 
+from awq_jax._operands import refuse_shape
 from awq_jax._tie import Tie
 from awq_jax._tree import get, put
 from awq_jax.families._table import Group, Linear, Norm
@@ -54,12 +55,23 @@ def fold_scale(
       A new tree that computes the same function.
 
     Raises:
-      ValueError: the group has no producer.
+      ValueError: the group has no producer, or t does not fit its channels or the sinks' rows.
       KeyError: a path of the group is missing.
     """
     if group.producer is None:
         raise ValueError(f"group {group.sinks} has no producer to fold a scale into: {group.reason}")
+    made, channels = get(params, group.producer.path), getattr(t, "shape", ())
+    leaf = "scale" if isinstance(group.producer, Norm) else "kernel"
+    wanted = (*channels[:-1], made[leaf].shape[-1])
+    refuse_shape("t", t, wanted, f"a factor for each channel of {group.producer.path!r}")
     rows = tie.spread(t) if tie else t
+    for path in (*group.sinks, *group.float_sinks):
+        kernel = get(params, path)["kernel"]
+        if kernel.shape[-2] != rows.shape[-1]:
+            raise ValueError(
+                f"a scale of {rows.shape[-1]} channels does not fit {path!r} with a kernel {list(kernel.shape)}: its "
+                f"rows are not the channels of {group.producer.path!r}. A Tie says how channels spread over rows."
+            )
     out = dict(params)
     for path in (*group.sinks, *group.float_sinks):
         out = put(out, path, scale_rows(get(out, path), rows))

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
+from awq_jax._operands import refuse_activations, refuse_weight
 from awq_jax._pytree import pytree, static
 from awq_jax_kernels.int4_matmul import int4_matmul
 from awq_jax_kernels.int4_matmul.reference import dequantize as _dequantize
@@ -93,7 +94,14 @@ def matmul(x: Array, weight: QTensor | Array) -> Array:
     Returns:
       ``[..., n]`` in the dtype of x. Differentiable in x, in reverse mode alone: `jax.jvp` and `jax.jacfwd` raise. A
       quantized weight is frozen: codes get float0, and the scale gets zero (`awq_jax.train.learned` trains it).
+
+    Raises:
+      TypeError: an argument is no array.
+      ValueError: x is not ``[..., k]`` floats, or the weight not ``[k, n]`` for the same k.
     """
+    if not isinstance(weight, QTensor):
+        refuse_weight(weight)
+    refuse_activations(x, weight.shape[-2])
     if isinstance(weight, QTensor):
         return int4_matmul(x, weight.packed, weight.scale, weight.zero)
     return jnp.matmul(x, weight.astype(x.dtype))

@@ -3,9 +3,11 @@
 
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, UInt8
 
+from awq_jax._operands import refuse_shape, refuse_weight
 from awq_jax._qtensor import QTensor
 from awq_jax._spec import QuantSpec
 from awq_jax_kernels.nibbles import pack
@@ -36,13 +38,22 @@ def fit_grid(weight: Float[Array, "*b k n"], spec: QuantSpec, ratio: Float[Array
     """The grid that spans each group's range, shrunk by ``ratio``.
 
     The range always contains 0, so that zero weights stay zero and a one-sided group keeps its values. The scale is
-    cast to its storage dtype first and the zero is derived from the stored value.
+    cast to its storage dtype first and the zero is derived from the stored value. A group with NaN or infinite values
+    has the scale NaN, so that nothing made of it looks like a number.
 
     Args:
       weight: ``[*b, k, n]``.
       spec: the number format.
       ratio: clipping threshold as a fraction of the range, ``[*b, k/g, n]``.
     """
+    grid = _span(weight, spec, ratio)
+    # Asked for by itself: the maximum of a vector with a NaN is a number on some of XLA's backends.
+    sound = jnp.isfinite(_grouped(weight, spec)).all(-2)
+    return Grid(jnp.where(sound, grid.scale, jnp.nan), grid.zero)
+
+
+def _span(weight: Array, spec: QuantSpec, ratio: Array | None) -> Grid:
+    """`fit_grid` of numbers."""
     groups = _grouped(weight.astype(jnp.float32), spec)
     high = jnp.maximum(groups.max(-2), 0.0)
     low = jnp.minimum(groups.min(-2), 0.0)
@@ -87,8 +98,11 @@ def packed_on(codes: UInt8[Array, "*b k n"], grid: Grid, spec: QuantSpec) -> QTe
 def fake_quantize(
     weight: Float[Array, "*b k n"], spec: QuantSpec, ratio: Float[Array, "*b groups n"] | None = None
 ) -> Float[Array, "*b k n"]:
-    """``dequantize(quantize(weight))`` without the bytes: float32, what searches evaluate."""
-    codes, zero, scale = _on_grid(weight, fit_grid(weight, spec, ratio), spec)
+    """``dequantize(quantize(weight))`` without the bytes: float32, what searches evaluate.
+
+    What is no number stays none and the rest of its group is rounded, so that an error computed of both is none either.
+    """
+    codes, zero, scale = _on_grid(weight, _span(weight, spec, ratio), spec)
     return ((codes - zero) * scale).reshape(weight.shape)
 
 
@@ -108,16 +122,42 @@ def quantize(
       ratio: clipping thresholds ``[*b, k/g, n]`` as fractions of each range, from `search_clip`.
 
     Returns:
-      The packed weight. With scales in float16 a group whose range exceeds 982 560 has an infinite scale: callers on
-      the host check it with `QTensor` leaves, a jitted function can't raise.
+      The packed weight.
 
     Raises:
-      ValueError: the group size does not divide k.
+      TypeError: the weight is no array.
+      ValueError: it is not ``[*b, k, n]`` floats, the group size does not divide k, or, outside of jit, a scale is not
+        finite. A jitted function can't raise: there the scale of a group with NaN or infinite values is NaN, that of
+        one whose range the dtype can't hold (in float16 from 982 560) infinite, and nothing that `dequantize` makes of
+        either group is a finite number.
 
     >>> w = jnp.array([[0.0, 1.0], [3.0, -2.0]])
     >>> from awq_jax import dequantize
     >>> dequantize(quantize(w, QuantSpec(group_size=2, scale_dtype="float32"))).round(3).tolist()
     [[0.0, 1.0], [3.0, -2.0]]
     """
+    refuse_weight(weight)
+    *b, k, n = weight.shape
+    groups = k // spec.rows_per_group(k)
+    if ratio is not None:
+        refuse_shape("ratio", ratio, (*b, groups, n), "one for each group and output")
     grid = fit_grid(weight, spec, ratio)
+    if not isinstance(grid.scale, jax.core.Tracer):
+        _refuse_overflow(weight, grid.scale)
     return packed_on(to_codes(weight, grid, spec), grid, spec)
+
+
+def _refuse_overflow(weight: Array, scale: Array) -> None:
+    """Refuse scales that are not finite, and say whether the weight is to blame or the dtype."""
+    if jnp.isfinite(scale).all():
+        return
+    bad = int((~jnp.isfinite(weight)).sum())
+    if bad:
+        raise ValueError(
+            f"{bad} of {weight.size} values of a weight {list(weight.shape)} are NaN or infinite; the weight is "
+            "damaged, or what computed it overflowed."
+        )
+    raise ValueError(
+        f"a weight {list(weight.shape)} has values up to {float(jnp.abs(weight).max()):.3g}: scales of its groups "
+        f"leave the range of {scale.dtype}. Use QuantSpec(scale_dtype='bfloat16')."
+    )

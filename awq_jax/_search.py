@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from awq_jax._operands import refuse_shape, refuse_weight
 from awq_jax._pytree import pytree
 from awq_jax._round import fake_quantize
 from awq_jax._spec import QuantSpec, ScaleRule, SearchSpec
@@ -116,6 +117,25 @@ def split_columns(wide: Array, widths: Sequence[int]) -> list[Array]:
     return jnp.split(wide, np.cumsum(widths)[:-1].tolist(), axis=1)
 
 
+def _refuse_misfits(stats: Any, weights: Sequence[Any], spec: QuantSpec | Sequence[QuantSpec], tie: Tie | None) -> None:
+    """Refuse arguments of `search_scale` that do not fit together."""
+    if not isinstance(stats, ActStats):
+        raise TypeError(f"stats is of type {type(stats).__name__}; search_scale needs the ActStats of `observe`.")
+    if len(stats.abs_sum.shape) != 1:
+        raise ValueError(f"stats are of {stats.abs_sum.shape[:-1]} inputs; search_scale takes one: use jax.vmap.")
+    if hasattr(weights, "shape") or not len(weights):
+        raise ValueError("weights must be a list of at least one kernel [k, n], those that share the input.")
+    k = stats.abs_sum.shape[0]
+    for number, weight in enumerate(weights):
+        name = f"weights[{number}]"
+        refuse_weight(weight, name, leading=False)
+        refuse_shape(name, weight, (k, weight.shape[1]), f"a row for each of the {k} channels of stats")
+    if not isinstance(spec, QuantSpec) and len(spec) != len(weights):
+        raise ValueError(f"there are {len(weights)} weights and {len(spec)} specs; give one, or one for each.")
+    if tie is not None and k % (tie.kv_heads * tie.repeats):
+        raise ValueError(f"{tie} does not fit stats of {k} channels, which are kv_heads * repeats * head width.")
+
+
 def search_scale(
     stats: ActStats,
     weights: Sequence[Float[Array, "k _"]],
@@ -139,8 +159,11 @@ def search_scale(
       The winner. A candidate whose loss is not finite never wins; if none is finite, identity does.
 
     Raises:
-      ValueError: the group size does not divide k, or the statistics hold no Gram matrix.
+      TypeError: ``stats`` are not `ActStats`, or a weight is no array.
+      ValueError: there is no weight, a weight is not ``[k, n]`` floats or the statistics not of its k inputs, the group
+        size does not divide k, or the statistics hold no Gram matrix.
     """
+    _refuse_misfits(stats, weights, spec, tie)
     if loss is None and stats.gram is None:
         raise ValueError("the gram objective needs ActStats.gram: observe(..., gram=True).")
     specs = [spec] * len(weights) if isinstance(spec, QuantSpec) else list(spec)

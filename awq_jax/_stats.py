@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
+from awq_jax._operands import refuse_activations, refuse_shape
 from awq_jax._pytree import pytree
 
 __all__ = ["BINS", "ActStats", "all_reduce", "bin_of", "calibrate", "merge", "observe", "percentile"]
@@ -71,9 +72,20 @@ def observe(
       stride: take every stride-th of the tokens that count for the Gram matrix, and weigh it stride times.
       histogram: keep what `percentile` needs.
 
+    Raises:
+      TypeError: x is no array.
+      ValueError: x is not ``[..., k]`` floats, the mask is not of its tokens or not of booleans, or stride is below 1.
+
     >>> observe(jnp.array([[1.0, -2.0], [3.0, 0.0]])).abs_sum.tolist()
     [4.0, 2.0]
     """
+    refuse_activations(x)
+    if mask is not None:
+        refuse_shape("mask", mask, x.shape[:-1], "one for each token of x")
+        if mask.dtype != bool:
+            raise ValueError(f"mask is {mask.dtype}; it must be boolean, True where a token counts: mask.astype(bool).")
+    if stride < 1:
+        raise ValueError(f"stride is {stride}; it must be at least 1.")
     x = x.astype(jnp.float32)
     keep = jnp.ones(x.shape[:-1], bool) if mask is None else mask
     x = jnp.where(keep[..., None], x, 0.0).reshape(-1, x.shape[-1])
@@ -93,7 +105,19 @@ def observe(
 
 
 def merge(a: ActStats, b: ActStats) -> ActStats:
-    """Statistics of the union of two batches; associative and commutative up to float32 rounding."""
+    """Statistics of the union of two batches; associative and commutative up to float32 rounding.
+
+    Raises:
+      ValueError: they are of inputs of different widths, or one has a Gram matrix or a histogram that the other lacks.
+    """
+    shapes = [{name: getattr(leaf, "shape", None) for name, leaf in vars(stats).items()} for stats in (a, b)]
+    if shapes[0] != shapes[1]:
+        odd = [
+            f"{name} {shapes[0][name]} and {shapes[1][name]}"
+            for name in shapes[0]
+            if shapes[0][name] != shapes[1][name]
+        ]
+        raise ValueError(f"statistics of different kinds do not merge: {'; '.join(odd)}. Observe the same input alike.")
     summed = jax.tree.map(jnp.add, a, b)
     return ActStats(
         count=summed.count,

@@ -183,6 +183,8 @@ def _refuse_unusable(index: int, params: Any, outcome: LayerOutcome) -> None:
     for path, leaf in leaves(params):
         if isinstance(leaf, QTensor):
             scale = np.asarray(leaf.scale).astype(np.float32)
+            if np.isnan(scale).any():
+                raise ValueError(f"layers/{index}/{path} has become NaN; its weights are damaged or overflow float32.")
             if not (np.isfinite(scale).all() and (scale > 0).all()):
                 raise ValueError(
                     f"scales of layers/{index}/{path} leave the range of {leaf.scale.dtype} (from {scale.min():.3g} to "

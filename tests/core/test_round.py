@@ -36,16 +36,35 @@ def test_error_is_at_most_half_a_step(rng, bits, group_size, symmetric):
 def test_hard_groups(group, symmetric, scale_dtype):
     spec = QuantSpec(group_size=8, symmetric=symmetric, scale_dtype=scale_dtype)
     w = group.astype(np.float32)
-    q = quantize(jnp.asarray(w), spec)
+    q = jax.jit(quantize, static_argnums=1)(jnp.asarray(w), spec)
     scale = np.asarray(q.scale.astype(jnp.float32))
     if np.abs(w).max() > 1e5 and scale_dtype == "float16":
         assert np.isinf(scale).all(), "the range does not fit float16 and must show as infinite, not as a wrong number"
+        with pytest.raises(ValueError, match=r"up to 1e\+30.*leave the range of float16.*bfloat16"):
+            quantize(jnp.asarray(w), spec)
         return
     assert np.isfinite(scale).all() and (scale > 0).all()
     back = np.asarray(dequantize(q))
     assert np.all(back[w == 0] == 0)
     slack = {"float16": 2**-11, "bfloat16": 2**-8, "float32": 2**-23}[scale_dtype] * 15
     assert np.all(np.abs(back - w) <= scale * (0.5 + slack))
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("with_ratio", [False, True])
+def test_what_is_no_number_never_becomes_one(rng, bad, symmetric, with_ratio):
+    spec = QuantSpec(symmetric=symmetric)
+    w = rng.standard_normal((256, 192)).astype(np.float32)  # wide enough for vector instructions
+    clean = np.asarray(dequantize(quantize(jnp.asarray(w), spec)))
+    w[3, 2] = bad
+    ratio = jnp.full((2, 192), 1.0) if with_ratio else None
+    back = np.array(dequantize(jax.jit(quantize, static_argnums=1)(jnp.asarray(w), spec, ratio)))
+    assert not np.isfinite(back[:128, 2]).any(), "its whole group"
+    back[:128, 2] = clean[:128, 2]
+    np.testing.assert_array_equal(back, clean, err_msg="and nothing else")
+    with pytest.raises(ValueError, match=r"1 of 49152 values of a weight \[256, 192\] are NaN or infinite"):
+        quantize(jnp.asarray(w), spec, ratio)
 
 
 def test_fake_quantize_is_dequantize_of_quantize(rng):

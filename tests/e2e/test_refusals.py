@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ import torch
 from safetensors.numpy import load_file, save_file
 
 from awq_jax.cli import main
+from awq_jax_convert.hf import HFCheckpoint
 from tests.tiny_models import Oracle
 
 FAST = ["--group-size", "32", "--samples", "2", "--seq-len", "32", "--quiet"]
@@ -157,6 +159,21 @@ def test_infinite_activations_leave_the_layer_rounded_and_named(damaged: Path, t
     report = json.loads((tmp_path / "out" / "awq_jax_report.json").read_text())
     reasons = {linear["path"]: linear["reason"] for linear in report["layers"][1]["linears"]}
     assert "layers/1/mlp/down are not finite" in reasons["layers/1/mlp/down"]
+
+
+def test_a_weight_that_becomes_nan_is_named(llama: Oracle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys):
+    def spoiled(checkpoint: HFCheckpoint, index: int, dtype: object = np.float32) -> dict[str, Any]:
+        layer = read(checkpoint, index)
+        if index == 1:
+            layer["mlp"]["up"]["kernel"][5, 3] = np.nan
+        return layer
+
+    read = HFCheckpoint.layer
+    monkeypatch.setattr(HFCheckpoint, "layer", spoiled)
+    arguments = ["quantize", str(llama.path), str(tmp_path / "out"), "--calib", str(llama.path / "text.txt"), *FAST]
+    assert main(arguments) == 2
+    assert "layers/1/mlp/up/kernel has become NaN" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 MAIN = "import sys; from awq_jax.cli import main; sys.exit(main(sys.argv[1:]))"
