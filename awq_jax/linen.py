@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import flax.linen as nn
+import jax
 
 from awq_jax import adapt
 from awq_jax._spec import Recipe, SearchSpec
@@ -51,10 +52,15 @@ def observe(
     batches: Iterable[Any],
     table: Table,
     search: SearchSpec = SearchSpec(),  # noqa: B008 - frozen
+    token_mask: Callable[[Any], jax.Array] | None = None,
     **keywords: Any,
 ) -> dict[str, ActStats]:
-    """Statistics of what the weights read; see `awq_jax.adapt.observe`. Batches are without padding."""
-    return adapt.observe(_apply(module, variables, keywords), _params(variables), batches, table, search)
+    """Statistics of what the weights read; see `awq_jax.adapt.observe`.
+
+    ``token_mask`` is not handed on to ``module.apply``: ``token_mask(batch)`` is True where a token counts.
+    """
+    apply = _apply(module, variables, keywords)
+    return adapt.observe(apply, _params(variables), batches, table, search, token_mask=token_mask)
 
 
 def quantize(

@@ -78,18 +78,20 @@ def observe(
     search: SearchSpec = SearchSpec(),  # noqa: B008 - frozen
     *,
     call: Call = _call,
+    token_mask: Callable[[Any], jax.Array] | None = None,
 ) -> dict[str, ActStats]:
     """Statistics of what the weights read; see `awq_jax.adapt.observe`.
 
     Args:
       model: with dense parameters; left as it is.
-      batches: each an argument of ``call(model, batch)``, without padding.
+      batches: each an argument of ``call(model, batch)``.
       table: from `propose`.
       search: the one that `quantize` will use.
       call: as for `propose`.
+      token_mask: ``token_mask(batch)``, ``[b, t]``, True where a token counts; None counts all.
     """
     apply, params = _pure(model, call)
-    return adapt.observe(apply, params, batches, table, search)
+    return adapt.observe(apply, params, batches, table, search, token_mask=token_mask)
 
 
 def quantize(

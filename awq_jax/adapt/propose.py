@@ -99,7 +99,7 @@ def _experts(layout: Layout, weights: Mapping[str, Layout]) -> int:
 
 
 def _raw(apply: Apply, params: Any, args: Any) -> dict[str, Array]:
-    recorder = Recorder(lambda path, rows: rows.astype(jnp.float32), concatenate, pool_rows)
+    recorder = Recorder(lambda path, rows, free: rows.astype(jnp.float32), concatenate, pool_rows)
     run(apply, params, args, recorder)
     return recorder.collected
 

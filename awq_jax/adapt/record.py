@@ -38,14 +38,14 @@ class Recorder:
     """Runs the program as written and keeps what ``reduce`` makes of the rows that each weight reads.
 
     Args:
-      reduce: ``(path, rows [*batch, m, k]) -> tree``, or None for nothing.
+      reduce: ``(path, rows [*batch, m, k], sizes of the axes that m is made of) -> tree``, or None for nothing.
       merge: joins two such trees of one weight.
       pool: joins the first axis of a tree: a weight that all turns of a loop share.
     """
 
     def __init__(
         self,
-        reduce: Callable[[str, Array], Any] | None = None,
+        reduce: Callable[[str, Array, tuple[int, ...]], Any] | None = None,
         merge: Callable[[Any, Any], Any] | None = None,
         pool: Callable[[Any], Any] | None = None,
     ) -> None:
@@ -68,7 +68,7 @@ class Recorder:
         use.stack = len(view.stack)
         self._alive.append(x)
         if self.reduce is not None:
-            self._add(view.path, self.reduce(view.path, product.rows(x)))
+            self._add(view.path, self.reduce(view.path, product.rows(x), product.free))
         return usual()
 
     def other(self, view: View, primitive: str) -> Any:
