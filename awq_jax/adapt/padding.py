@@ -30,8 +30,8 @@ def mask_rows(mask: Bool[Array, "*t"], free: tuple[int, ...], path: str) -> Bool
     ends = [i for i in range(len(free) + 1) if math.prod(free[:i]) == mask.size]
     if not ends or [size for size in free[: ends[0]] if size != 1] not in (wanted, [mask.size]):
         raise ValueError(
-            f"the rows that {path!r} reads are {free}, which do not begin with the mask's axes {mask.shape}, so padding "
-            "can't be told from tokens. Set the padding to zero before its rows are rearranged and observe without a "
-            "mask, or give batches without padding."
+            f"the rows that {path!r} reads are {free}, which do not begin with the mask's axes {mask.shape}, so it "
+            "can't be told which of them are padding. Set the padding to zero before its rows are rearranged and "
+            "observe without a mask, or give batches without padding."
         )
     return jnp.repeat(mask.reshape(-1), math.prod(free[ends[0] :]))
