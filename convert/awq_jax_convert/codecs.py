@@ -9,6 +9,7 @@ from awq_jax_convert.awq_gemv import AWQFast, AWQGemv
 from awq_jax_convert.codec import Codec
 from awq_jax_convert.compressed_tensors import CompressedTensors
 from awq_jax_convert.gptq import GPTQ
+from awq_jax_convert.modelopt import ModelOpt
 
 __all__ = ["codec_of"]
 
@@ -29,6 +30,7 @@ _FORMATS: dict[str, Callable[[Mapping[str, Any]], Codec]] = {
     "awq": _awq,
     "compressed-tensors": CompressedTensors.from_config,
     "gptq": GPTQ.from_config,
+    "modelopt": ModelOpt.from_config,
 }
 
 

@@ -20,7 +20,7 @@ from awq_jax_convert.formats import FORMATS, open_checkpoint, open_writer, refus
 from awq_jax_convert.scheme import Scheme
 from awq_jax_convert.sink import narrowed, refuse_overlap
 from awq_jax_convert.source import Checkpoint
-from awq_jax_kernels.nibbles import unpack_numpy
+from awq_jax_convert.stored import dequantized
 
 __all__ = ["DTYPES", "TARGETS", "Conversion", "convert_checkpoint"]
 
@@ -60,15 +60,6 @@ class Conversion:
         return dataclasses.asdict(self)
 
 
-def _dequantized(weight: QTensor) -> np.ndarray:
-    """float32 ``[*b, k, n]``, on the host."""
-    scale = np.asarray(weight.scale).astype(np.float32)
-    zero = np.float32(8) if weight.zero is None else np.asarray(weight.zero).astype(np.float32)[..., None, :]
-    codes = unpack_numpy(np.asarray(weight.packed)).astype(np.float32)
-    grouped = codes.reshape(*scale.shape[:-1], weight.group_size, scale.shape[-1])
-    return ((grouped - zero) * scale[..., None, :]).reshape(weight.shape)
-
-
 def _carried(node: Any, path: str, to: str, dtype: np.dtype | None) -> Any:
     """A tree with what the target can't hold changed: codes to floats, scales to the dtype that was asked for."""
     if isinstance(node, Mapping):
@@ -76,7 +67,7 @@ def _carried(node: Any, path: str, to: str, dtype: np.dtype | None) -> Any:
     if not isinstance(node, QTensor):
         return node
     if to == "dense":
-        return _dequantized(node)
+        return dequantized(node)
     if dtype is None:
         return node
     scale = narrowed(f"{path} (its scales)", node.scale, dtype)
@@ -112,6 +103,17 @@ def _refuse(checkpoint: Checkpoint, to: str, schemes: Mapping[str, Scheme]) -> N
         )
     used = set(schemes.values())
     refuse_misfit(to, [QuantSpec(bits=s.bits, group_size=s.group_size, symmetric=s.symmetric) for s in used])
+
+
+def _refuse_without_codes(layer: Mapping[str, Any], index: int, to: str, schemes: Mapping[str, Scheme]) -> None:
+    """A weight whose input factors nothing before it can take is read as floats."""
+    named = ((f"layers/{index}/{path}", leaf) for path, leaf in leaves(layer))
+    lost = [path for path, leaf in named if path in schemes and not isinstance(leaf, QTensor)]
+    if lost and to != "dense":
+        raise ValueError(
+            f"{len(lost)} weights of layer {index}, e.g. {lost[0]!r}, have factors for their inputs (pre_quant_scale) "
+            f"that nothing before them can take, and {to} has no place for these. Use --to dense."
+        )
 
 
 def _expected_bytes(checkpoint: Checkpoint, to: str, dtype: np.dtype | None, schemes: Mapping[str, Scheme]) -> int:
@@ -194,7 +196,9 @@ def convert_checkpoint(
     with writer:
         writer.write_stem(_carried(checkpoint.stem(None), "", to, kind))
         for index in range(checkpoint.num_layers):
-            layer = _carried(checkpoint.layer(index, None), f"layers/{index}", to, kind)
+            found = checkpoint.layer(index, None)
+            _refuse_without_codes(found, index, to, schemes)
+            layer = _carried(found, f"layers/{index}", to, kind)
             scales |= {str(leaf.scale.dtype) for _, leaf in leaves(layer) if isinstance(leaf, QTensor)}
             writer.write_layer(index, layer)
             if progress:

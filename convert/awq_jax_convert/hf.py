@@ -11,16 +11,17 @@ import jax
 import numpy as np
 
 from awq_jax._qtensor import QTensor
+from awq_jax._tie import Tie
 from awq_jax.families import Family
-from awq_jax.models import param_shapes
 from awq_jax_convert.codecs import codec_of
+from awq_jax_convert.factors import FACTORS, apply, producers
 from awq_jax_convert.fused import columns, split
 from awq_jax_convert.hf_config import HFConfig, read_config
 from awq_jax_convert.keymap import Place, resolve, theirs
 from awq_jax_convert.safetensors_dir import SafetensorsDir
 from awq_jax_convert.safetensors_header import DTYPES, FLOATS
 from awq_jax_convert.scheme import Scheme
-from awq_jax_convert.shapes import expected_shape
+from awq_jax_convert.shapes import expected_shape, implied_paths
 from awq_jax_convert.source import Checkpoint, cast
 
 __all__ = ["HFCheckpoint"]
@@ -65,6 +66,8 @@ class HFCheckpoint(Checkpoint):
             source = _Source(name, place, parts[name])
             self._sources |= {path: (*self._sources.get(path, ()), source) for path in place.paths}
         self._shapes = {path: self._shape(path) for path in self._sources}
+        self._with_factors = [path for path, found in self._sources.items() if any(FACTORS in s.parts for s in found)]
+        self._widened = self._take_factors()
         self._refuse_shapes(self._misfits())
         self._refuse_differences()
 
@@ -86,9 +89,13 @@ class HFCheckpoint(Checkpoint):
         """``module.weight`` -> the parts that the codec keeps it in; () for a dense tensor."""
         dense: dict[str, tuple[str, ...]] = {}
         quantized: dict[str, tuple[str, ...]] = {}
-        for name in self.tensors.names():
-            module, _, part = name.rpartition(".")
-            if self.codec is None or part not in self.codec.parts:
+        parts = () if self.codec is None else self.codec.parts
+        # A weight may keep its name when it becomes codes: what lies beside it tells.
+        named = [name.rpartition(".") for name in self.tensors.names()]
+        coded = {module for module, _, part in named if part in parts and part != "weight"}
+        for module, dot, part in named:
+            name = f"{module}{dot}{part}"
+            if part not in parts or module not in coded:
                 dense[name] = ()
             else:
                 quantized[f"{module}.weight"] = (*quantized.get(f"{module}.weight", ()), part)
@@ -121,6 +128,17 @@ class HFCheckpoint(Checkpoint):
             )
         return meta.shape[::-1] if source.place.transpose else meta.shape
 
+    def _take_factors(self) -> set[str]:
+        """Modules that take the factors of others, and become float32 by it."""
+        having: dict[str, set[str]] = {}
+        for path in self._with_factors:
+            if not path.startswith("layers/"):
+                raise ValueError(f"{self._sources[path][0].module!r} of {self.path} has {FACTORS}: it is not read.")
+            _, index, module = path.removesuffix("/kernel").split("/", 2)
+            having.setdefault(f"layers/{index}", set()).add(module)
+        groups = self.family.groups
+        return {f"{layer}/{path}" for layer, modules in having.items() for path in producers(groups, modules)}
+
     def _is_tied_head(self, path: str) -> bool:
         return self.config.tie_embeddings and path.startswith("lm_head/")
 
@@ -132,10 +150,7 @@ class HFCheckpoint(Checkpoint):
 
     def _refuse_differences(self) -> None:
         """Optional tensors, such as biases, are there exactly where the config says so."""
-        # Layers hold the same parameters: one tells of all.
-        one = param_shapes(dataclasses.replace(self.config.of_layer(0), num_layers=1))
-        spread = lambda path: [path.replace("layers/0/", f"layers/{i}/", 1) for i in range(self.num_layers)]
-        wanted = {each for path in one for each in (spread(path) if path.startswith("layers/") else [path])}
+        wanted = implied_paths(self.config)
         said = [f"{theirs(self.family, path)[0]!r} is missing" for path in sorted(wanted - set(self.paths()))]
         said += [f"{self._sources[path][0].name!r} has no use" for path in sorted(set(self.paths()) - wanted)]
         if said:
@@ -152,6 +167,8 @@ class HFCheckpoint(Checkpoint):
 
     def stored_dtype(self, path: str) -> np.dtype:
         """The dtype that a parameter has in the files; for a quantized one, that of its scales."""
+        if path.rpartition("/")[0] in self._widened:
+            return np.dtype(np.float32)
         source = self._sources[path][0]
         part = self.codec.scale_part if source.parts and self.codec is not None else ""
         return DTYPES[self.tensors.info(source.tensors[part]).dtype]
@@ -206,7 +223,25 @@ class HFCheckpoint(Checkpoint):
         """The parameters of one layer; see `Checkpoint.layer`."""
         self._refuse_index(index)
         prefix = f"layers/{index}/"
-        return self._tree((path for path in self._sources if path.startswith(prefix)), prefix, dtype)
+        paths = [path for path in self._sources if path.startswith(prefix)]
+        having = [path for path in self._with_factors if path.startswith(prefix)]
+        if not having:
+            return self._tree(paths, prefix, dtype)
+        factors = {path.removeprefix(prefix).removesuffix("/kernel"): self._factors(path) for path in having}
+        c = self.config
+        tie = Tie(kv_heads=c.num_kv_heads, repeats=c.num_heads // c.num_kv_heads)
+        return cast(apply(self.family.groups, self._tree(paths, prefix, None), factors, tie), dtype)
+
+    def _factors(self, path: str) -> np.ndarray:
+        """What the inputs of a linear are multiplied by, ``[k]`` or ``[e, k]``; ones for an expert without any."""
+        found = []
+        for source in self._sources[path]:
+            name = f"{source.module}.{FACTORS}"
+            each = self.tensors.read(name).astype(np.float32) if FACTORS in source.parts else np.float32(1)
+            if not (np.isfinite(each) & (each > 0)).all():
+                raise ValueError(f"tensor {name!r} of {self.path} has factors that are not positive: it is damaged.")
+            found.append(np.broadcast_to(each, self._shapes[path][-2:-1]))
+        return found[0] if self._sources[path][0].place.expert is None else np.stack(found)
 
     def stem(self, dtype: Any = np.float32) -> dict[str, Any]:
         """Everything outside the layers; see `Checkpoint.stem`."""

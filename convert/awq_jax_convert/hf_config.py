@@ -61,7 +61,7 @@ def public_config(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def _beside(directory: Path) -> dict[str, Any] | None:
-    """What files beside config.json say of a quantization: AutoAWQ's of 2023, and ModelOpt's."""
+    """What files beside config.json say of a quantization: AutoAWQ's of 2023, and ModelOpt's, which says more there."""
     for method, name in (("awq", "quant_config.json"), ("modelopt", "hf_quant_config.json")):
         if (directory / name).is_file():
             return {"quant_method": method, **read_json(directory, name)}
@@ -83,7 +83,9 @@ def read_config(directory: Path, family: Family | None = None) -> HFConfig:
     if not directory.is_dir():
         raise FileNotFoundError(f"{directory} is not a directory; download the checkpoint and give its local path.")
     raw = public_config(read_json(directory, CONFIG))
-    quantization = raw.pop("quantization_config", None) or _beside(directory)
+    quantization = raw.pop("quantization_config", None)
+    if not quantization or (isinstance(quantization, dict) and quantization.get("quant_method") == "modelopt"):
+        quantization = _beside(directory) or quantization
     named = raw.get("architectures")
     if family is None:
         if not isinstance(named, list) or len(named) != 1 or not isinstance(named[0], str):

@@ -16,8 +16,9 @@ from awq_jax._manifest import MANIFEST, read_manifest, verify
 from awq_jax._tree import leaves
 from awq_jax.checkpoint import read_part
 from awq_jax_convert.hf_config import HFConfig, read_config
+from awq_jax_convert.safetensors_header import DTYPES
 from awq_jax_convert.scheme import Scheme
-from awq_jax_convert.shapes import expected_shape
+from awq_jax_convert.shapes import expected_shape, implied_paths
 from awq_jax_convert.source import Checkpoint, cast
 
 __all__ = ["FORMAT", "NativeCheckpoint", "is_native", "part_name"]
@@ -40,6 +41,23 @@ def is_native(path: str | os.PathLike[str]) -> bool:
     return (Path(path) / MANIFEST).is_file() and read_manifest(path).get("format") == FORMAT
 
 
+def _is_described(part: Any) -> bool:
+    """Whether a part of the manifest is what `awq_jax.checkpoint.write_part` gives."""
+    if not isinstance(part, dict) or not isinstance(part.get("leaves"), dict):
+        return False
+    if not all(isinstance(kept, dict) for kept in part["leaves"].values()):
+        return False
+    counts = [part.get("nbytes"), *(kept.get("nbytes") for kept in part["leaves"].values())]
+    return all(type(count) is int for count in counts) and all(map(_is_format, part["leaves"].values()))
+
+
+def _is_format(kept: Mapping[str, Any]) -> bool:
+    if "bits" not in kept:
+        return kept.get("dtype") in [str(dtype) for dtype in DTYPES.values()]
+    types = [type(kept.get(key)) for key in ("bits", "group_size", "symmetric")]
+    return types == [int, int, bool] and kept["bits"] in (2, 3, 4)
+
+
 class NativeCheckpoint(Checkpoint):
     """A native checkpoint directory.
 
@@ -56,6 +74,13 @@ class NativeCheckpoint(Checkpoint):
         if set(self._parts) != wanted:
             raise ValueError(
                 f"{path} holds {len(self._parts) - 1} layers, its config.json implies {self.num_layers}; copy it again."
+            )
+        if not all(map(_is_described, self._parts.values())):
+            raise ValueError(f"{path / MANIFEST} does not describe its parts as awq-jax does; copy it again.")
+        if odd := sorted(implied_paths(self.config) ^ set(self.paths())):
+            raise ValueError(
+                f"{path} does not hold what its config.json implies: {len(odd)} parameters are missing or have no use, "
+                f"e.g. {odd[0]!r}; copy it again."
             )
         self.nbytes = sum(int(part["nbytes"]) for part in self._parts.values())
 
@@ -77,6 +102,10 @@ class NativeCheckpoint(Checkpoint):
         verify(self.path, name)  # orbax returns wrong values for some damage to its data files
         tree = read_part(self.path / name, self._parts[name])
         found = {f"{prefix}{path}": tuple(leaf.shape) for path, leaf in leaves(tree)}
+        if odd := sorted({f"{prefix}{path}" for path in self._parts[name]["leaves"]} ^ set(found)):
+            raise ValueError(
+                f"{self.path / name} does not hold what the manifest says, e.g. {odd[0]!r}; copy it again."
+            )
         self._refuse_shapes(
             f"{path!r} has the shape {shape}, the config implies {expected_shape(self.config, path)}"
             for path, shape in found.items()

@@ -1,9 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
 """The shape that a config implies for every parameter, to hold against a file's before anything is allocated."""
 
-from awq_jax.models import DecoderConfig
+import dataclasses
 
-__all__ = ["expected_shape"]
+from awq_jax.models import DecoderConfig, param_shapes
+
+__all__ = ["expected_shape", "implied_paths"]
+
+
+def implied_paths(config: DecoderConfig) -> set[str]:
+    """Paths of all parameters that a model of this config has; layers hold the same ones, so one tells of all."""
+    one = param_shapes(dataclasses.replace(config.of_layer(0), num_layers=1))
+    layers = [path.removeprefix("layers/0/") for path in one if path.startswith("layers/0/")]
+    outside = {path for path in one if not path.startswith("layers/")}
+    return outside | {f"layers/{index}/{path}" for index in range(config.num_layers) for path in layers}
 
 
 def expected_shape(config: DecoderConfig, path: str) -> tuple[int, ...]:

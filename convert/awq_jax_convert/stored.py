@@ -1,13 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From words along the contraction axis to a weight: what compressed-tensors, GPTQ and AutoAWQ's gemv share."""
+"""Weights from words along the contraction axis, which compressed-tensors, GPTQ and AutoAWQ's gemv share, and back to
+floats."""
 
 import numpy as np
 
 from awq_jax._qtensor import QTensor
 from awq_jax_convert.words import nibble_bytes, unpack_words
-from awq_jax_kernels.nibbles import pack_numpy
+from awq_jax_kernels.nibbles import pack_numpy, unpack_numpy
 
-__all__ = ["weight_of"]
+__all__ = ["dequantized", "weight_of"]
 
 
 def weight_of(
@@ -43,3 +44,12 @@ def _dense(codes: np.ndarray, scale: np.ndarray, zero: np.ndarray | None, half: 
     offset = np.float32(half) if zero is None else zero.astype(np.float32)[:, None]
     grouped = codes.astype(np.float32).reshape(len(scale), -1, codes.shape[1])
     return ((grouped - offset) * scale.astype(np.float32)[:, None]).reshape(codes.shape)
+
+
+def dequantized(weight: QTensor) -> np.ndarray:
+    """The float32 values that a weight stands for, ``[*b, k, n]``, on the host."""
+    scale = np.asarray(weight.scale).astype(np.float32)
+    zero = np.float32(8) if weight.zero is None else np.asarray(weight.zero).astype(np.float32)[..., None, :]
+    codes = unpack_numpy(np.asarray(weight.packed)).astype(np.float32)
+    grouped = codes.reshape(*scale.shape[:-1], weight.group_size, scale.shape[-1])
+    return ((grouped - zero) * scale[..., None, :]).reshape(weight.shape)

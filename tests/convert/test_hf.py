@@ -260,8 +260,8 @@ def test_autoawqs_older_file_beside_the_config(awq):
     jax.tree.map(np.testing.assert_array_equal, found, weight)
 
 
-def test_modelopt_is_refused_by_name(directory):
+def test_modelopt_is_read_by_its_algorithm(directory):
     directory.path.mkdir()
-    (directory.path / "hf_quant_config.json").write_text('{"quantization": {"quant_algo": "W4A16_AWQ"}}')
-    with pytest.raises(ValueError, match="quantized with 'modelopt', which is not read"):
+    (directory.path / "hf_quant_config.json").write_text('{"quantization": {"quant_algo": "FP8"}}')
+    with pytest.raises(ValueError, match="ModelOpt's quant_algo 'FP8' is not read; W4A16_AWQ is"):
         directory.open()

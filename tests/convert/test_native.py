@@ -155,6 +155,34 @@ def test_a_manifest_that_says_something_else(copied, changed, said):
         NativeCheckpoint.open(copied)
 
 
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda leaves: leaves["mlp/down/kernel"].pop("bits"), "does not describe its parts"),
+        (lambda leaves: leaves["mlp/down/kernel"].update(bits="4"), "does not describe its parts"),
+        (lambda leaves: leaves["mlp/up/kernel"].pop("nbytes"), "does not describe its parts"),
+        (lambda leaves: leaves["mlp/up/kernel"].update(dtype="object"), "does not describe its parts"),
+        (lambda leaves: leaves.update({"mlp/up/kernel": None}), "does not describe its parts"),
+        (lambda leaves: leaves.pop("mlp/up/kernel"), "1 parameters are missing or have no use, e.g. 'layers/1/mlp/up/"),
+        (lambda leaves: leaves.update(other=leaves["mlp/up/kernel"]), "have no use, e.g. 'layers/1/other'"),
+    ],
+)
+def test_a_manifest_that_describes_other_parameters(copied, change, said):
+    manifest = read_manifest(copied)
+    change(manifest["parts"]["layer-00001"]["leaves"])
+    (copied / MANIFEST).write_text(json.dumps(manifest))
+    with pytest.raises(ValueError, match=said):
+        NativeCheckpoint.open(copied)
+
+
+def test_a_manifest_that_calls_a_quantized_weight_dense(copied):
+    manifest = read_manifest(copied)
+    manifest["parts"]["layer-00001"]["leaves"]["mlp/down/kernel"] = {"nbytes": 1, "dtype": "float32"}
+    (copied / MANIFEST).write_text(json.dumps(manifest))
+    with pytest.raises(ValueError, match=r"layer-00001 does not hold what the manifest says, .* 'layers/1/mlp/down"):
+        NativeCheckpoint.open(copied).layer(1)
+
+
 def test_a_writer_that_fails_leaves_nothing(written, tmp_path):
     source, trees, _ = written
     with pytest.raises(RuntimeError, match="killed"), NativeWriter(source, tmp_path / "out") as writer:

@@ -15,18 +15,12 @@ from awq_jax_convert.gptq import GPTQ
 from awq_jax_convert.safetensors_dir import TensorMeta
 from awq_jax_convert.safetensors_header import dtype_name
 from awq_jax_kernels.nibbles import unpack_numpy
+from tests.convert.foreign import sequential
 
 GOLDEN = np.load(Path(__file__).with_name("golden_int4_formats.npz"))
 CODES, ZEROS, SCALES = GOLDEN["codes_out_in"].T, GOLDEN["zeros_out_grp"].T, GOLDEN["scales_out_grp"].T
 GPTQ_CONFIG = {"quant_method": "gptq", "bits": 4, "group_size": 128, "desc_act": False, "sym": False}
 AWQ_CONFIG = {"quant_method": "awq", "bits": 4, "group_size": 128, "zero_point": True}
-
-
-def sequential(codes: np.ndarray, bits: int = 4) -> np.ndarray:
-    """Words along the last axis, as the formats define them: code i in the bits from ``i * bits`` on."""
-    each = 32 // bits
-    parts = codes.astype(np.uint32).reshape(len(codes), -1, each) << (bits * np.arange(each, dtype=np.uint32))
-    return np.bitwise_or.reduce(parts, axis=-1).view(np.int32)
 
 
 def gptq_parts(offset: int = 1, bits: int = 4) -> dict[str, np.ndarray]:

@@ -1,0 +1,75 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Whether a file format can hold a model's linears as they are to be quantized: told from shapes, before any work."""
+
+from collections.abc import Iterator, Mapping
+
+from awq_jax_convert.autoawq import AutoAWQ
+from awq_jax_convert.keymap import home, theirs
+from awq_jax_convert.scheme import Scheme, form
+from awq_jax_convert.source import Checkpoint
+
+__all__ = ["refuse_unwritable"]
+
+Schemes = Mapping[str, Scheme | None]
+_NATIVE = "or write the native format (--format native)."
+
+
+def _said(path: str, scheme: Scheme | None) -> str:
+    kind = "in floating point" if scheme is None else form(scheme.bits, scheme.group_size, symmetric=scheme.symmetric)
+    return f"{path.removesuffix('/kernel')} {kind}"
+
+
+def _refuse_mixed(schemes: Schemes, paths: tuple[str, ...], why: str) -> None:
+    """Refuse weights that must have one number format and don't."""
+    if len({schemes.get(path) for path in paths}) > 1:
+        listed = ", ".join(_said(path, schemes.get(path)) for path in paths)
+        raise ValueError(f"{why}, but they are to have different formats: {listed}. Give them one override, {_NATIVE}")
+
+
+def _fused_by_loaders(schemes: Schemes) -> Iterator[tuple[str, ...]]:
+    """Linears that vLLM makes one of when it loads a model: q, k, v; gate, up; all that stacked experts have."""
+    found: dict[str, list[str]] = {}
+    for path in schemes:
+        parent, _, leaf = path.removesuffix("/kernel").rpartition("/")
+        kind = {"q": "qkv", "k": "qkv", "v": "qkv", "gate": "gate_up", "up": "gate_up"}.get(leaf, leaf)
+        found.setdefault(parent if parent.endswith("/experts") else f"{parent}/{kind}", []).append(path)
+    yield from map(tuple, found.values())
+
+
+def _refuse_outputs(source: Checkpoint, schemes: Schemes) -> None:
+    """AutoAWQ packs outputs in eights."""
+    for path in (path for path, scheme in schemes.items() if scheme is not None):
+        name, place = home(source.family, path)
+        outputs = sum(source.shape(each)[-1] for each in place.paths)
+        if outputs % 8:
+            raise ValueError(
+                f"{name!r} ({path.removesuffix('/kernel')}) has {outputs} outputs; AutoAWQ files need a multiple of 8. "
+                f"Leave it unquantized with an override, {_NATIVE}"
+            )
+
+
+def refuse_unwritable(format: str, source: Checkpoint, schemes: Schemes) -> None:
+    """Refuse what a writer would refuse in the middle of its work, or what loaders of the files would.
+
+    Args:
+      format: one of `awq_jax_convert.formats.FORMATS`.
+      source: the checkpoint that the new one is made from; headers are enough.
+      schemes: by path, ``layers/0/attn/q/kernel``, the format of every linear in a layer; None stays dense.
+
+    Raises:
+      ValueError: a number of outputs that the format can't pack; different formats in what is one tensor in the
+        checkpoint or becomes one in vLLM; or a linear whose staying dense the format can't say. Each names the weight.
+    """
+    if format not in ("autoawq", "compressed-tensors"):
+        return
+    for path in schemes:
+        name, place = home(source.family, path)
+        _refuse_mixed(schemes, place.paths, f"{name!r} is one tensor in this checkpoint")
+    for paths in _fused_by_loaders(schemes):
+        _refuse_mixed(schemes, paths, "vLLM makes one weight of these when it loads them")
+    if format == "autoawq":
+        _refuse_outputs(source, schemes)
+        module = lambda path: theirs(source.family, path)[0].rpartition(".")[0]
+        dense = [module(path) for path, scheme in schemes.items() if scheme is None]
+        quantized = [module(path) for path, scheme in schemes.items() if scheme is not None]
+        AutoAWQ(-1).skipping([module("lm_head/kernel"), *dense], quantized)
