@@ -3,8 +3,8 @@
 
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 from jaxtyping import Array, Float, UInt8
 
 from awq_jax._operands import refuse_shape, refuse_weight
@@ -142,7 +142,7 @@ def quantize(
     if ratio is not None:
         refuse_shape("ratio", ratio, (*b, groups, n), "one for each group and output")
     grid = fit_grid(weight, spec, ratio)
-    if not isinstance(grid.scale, jax.core.Tracer):
+    if not isinstance(grid.scale, Tracer):
         _refuse_overflow(weight, grid.scale)
     return packed_on(to_codes(weight, grid, spec), grid, spec)
 

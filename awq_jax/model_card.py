@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The README.md of a quantized checkpoint: how it was made and what was measured."""
 
+from collections import Counter
+
 from awq_jax._version import __version__
 from awq_jax.report import LayerReport, Report
 
@@ -15,6 +17,22 @@ def _row(layer: LayerReport) -> str:
     return f"| {layer.index} | {winners} | {rtn_error} | {error} | {gain} | {note} |"
 
 
+def _widths(report: Report) -> tuple[str, str]:
+    """A title's and a sentence's words for the codes: overrides may have mixed them."""
+    kind = "symmetric" if report.recipe["quant"]["symmetric"] else "asymmetric"
+    written = [w for layer in report.layers for w in layer.linears if w.method != "float"]
+    found = Counter((w.bits, w.group_size) for w in written).most_common()
+    if not found:
+        return "not quantized", "no weight has codes"
+    title = " and ".join(f"INT{bits}" for bits in sorted({bits for (bits, _), _ in found}, reverse=True))
+    group = lambda size: "whole columns" if size == -1 else f"groups of {size}"
+    if len(found) == 1:
+        ((bits, size), _), *_ = found
+        return title, f"{bits}-bit {kind} weights in {group(size)}"
+    listed = ", ".join(f"{count} of {bits} bits in {group(size)}" for (bits, size), count in found)
+    return title, f"{kind} weights of mixed formats ({listed})"
+
+
 def model_card(name: str, family: str, report: Report) -> str:
     """Markdown for the output directory.
 
@@ -23,23 +41,21 @@ def model_card(name: str, family: str, report: Report) -> str:
       family: of the model.
       report: what was done.
     """
-    quant = report.recipe["quant"]
-    group = "whole columns" if quant["group_size"] == -1 else f"groups of {quant['group_size']}"
-    kind = "symmetric" if quant["symmetric"] else "asymmetric"
-    covered = ", ".join(f"{count} {method}" for method, count in sorted(report.coverage.items()))
+    title, weights = _widths(report)
+    tags = ["awq", *(title.lower().split(" and ") if title.startswith("INT") else []), "awq-jax"]
     lines = [
         "---",
-        "tags: [awq, int4, awq-jax]",
+        f"tags: [{', '.join(tags)}]",
         "---",
-        f"# {name}, INT{quant['bits']}",
+        f"# {name}, {title}",
         "",
-        f"Quantized with awq-jax {__version__} ({family} family): {quant['bits']}-bit {kind} weights in {group}, "
+        f"Quantized with awq-jax {__version__} ({family} family): {weights}, "
         f"objective `{report.recipe['search']['objective']}`.",
         "",
         f"- size of the tensors: {report.bytes_before / 1e6:.1f} MB before, {report.bytes_after / 1e6:.1f} MB after",
         f"- calibration: {report.calibration['source']}, {report.calibration['samples']} samples, "
         f"{report.calibration['tokens']} tokens, sha256 `{report.calibration['sha256'][:16]}`",
-        f"- weights: {covered}",
+        f"- weights: {report.covered}",
         *(f"- note: {warning}" for warning in report.warnings),
         "",
         "Squared output error of each layer on the calibration text, relative to what the layer adds:",

@@ -30,8 +30,10 @@ from awq_jax.report import LayerReport, LinearReport, Report
 from awq_jax.resume import Session, fingerprint, resuming
 from awq_jax.sharding import Layout, refuse_straddling
 from awq_jax.stdlib_text import documentation
+from awq_jax_convert.fit import refuse_unwritable
 from awq_jax_convert.formats import open_writer, refuse_misfit
 from awq_jax_convert.hf import HFCheckpoint
+from awq_jax_convert.scheme import Scheme
 from awq_jax_convert.sink import ModelWriter, refuse_overlap
 from awq_jax_convert.tokenizer import Tokenizer
 
@@ -127,6 +129,18 @@ def _specs_of(plans: tuple[LayerPlan, ...]) -> set[QuantSpec]:
     return {spec for plan in plans for group in plan.groups for _, spec, _ in group.quantized}
 
 
+def _schemes(checkpoint: HFCheckpoint, plans: tuple[LayerPlan, ...]) -> dict[str, Scheme | None]:
+    """What every linear of the layers is to be; None stays dense."""
+    quantized = {
+        f"layers/{index}/{path}/kernel": Scheme(spec.bits, spec.group_size, spec.symmetric)
+        for index, plan in enumerate(plans)
+        for group in plan.groups
+        for path, spec, _ in group.quantized
+    }
+    linears = (path for path in checkpoint.paths() if path.startswith("layers/") and path.endswith("/kernel"))
+    return {path: quantized.get(path) for path in linears}
+
+
 def open_planned(
     src: pathlib.Path, recipe: Recipe, format: str, serve_tp: int = 1
 ) -> tuple[HFCheckpoint, tuple[LayerPlan, ...]]:
@@ -139,6 +153,7 @@ def open_planned(
     _refuse_quantized(checkpoint)
     plans = plans_of(checkpoint, recipe)
     refuse_misfit(format, _specs_of(plans))
+    refuse_unwritable(format, checkpoint, _schemes(checkpoint, plans))
     sinks = {path for plan in plans for group in plan.groups for path, _, _ in group.quantized}
     refuse_straddling(plans, {path: checkpoint.shape(f"layers/0/{path}/kernel") for path in sinks}, serve_tp)
     return checkpoint, plans

@@ -11,6 +11,14 @@ __all__ = ["GroupReport", "LayerReport", "LinearReport", "Method", "Report"]
 
 Method = Literal["awq", "gptq", "awq+gptq", "rtn", "float"]
 
+_WORDS: dict[Method, str] = {
+    "awq": "with searched scales",
+    "awq+gptq": "with searched scales and error feedback",
+    "gptq": "with error feedback",
+    "rtn": "rounded to nearest",
+    "float": "left in floating point",
+}
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LinearReport:
@@ -140,6 +148,12 @@ class Report:
         """How many weights got each method."""
         listed = [linear for layer in self.layers for linear in layer.linears] + list(self.outside)
         return Counter(linear.method for linear in listed)
+
+    @property
+    def covered(self) -> str:
+        """`coverage` in words."""
+        found = self.coverage
+        return ", ".join(f"{found[method]} {words}" for method, words in _WORDS.items() if found[method])
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, ready for JSON."""

@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array
 
 from awq_jax.evaluate import Evaluation, cut_windows, evaluate
 from awq_jax.models import Decoder, DecoderConfig, generate
@@ -20,7 +21,7 @@ from awq_jax_convert.formats import open_checkpoint
 from awq_jax_convert.source import Checkpoint
 from awq_jax_convert.tokenizer import Tokenizer
 
-__all__ = ["LoadedModel", "evaluate_checkpoint", "generate_text", "load_model"]
+__all__ = ["LoadedModel", "evaluate_checkpoint", "generate_text", "load_model", "logits"]
 
 PathLike = str | os.PathLike[str]
 
@@ -71,6 +72,39 @@ def load_model(path: PathLike, dtype: Any = jnp.float32) -> LoadedModel:
     return LoadedModel(checkpoint=checkpoint, params=jax.tree.map(jnp.asarray, checkpoint.params(dtype)))
 
 
+def logits(model: LoadedModel, ids: Any) -> Array:
+    """Logits of every position; one compilation for each shape of ``ids``.
+
+    Args:
+      model: from `load_model`.
+      ids: whole numbers below the vocabulary's size, ``[t]`` or ``[b, t]``, for example of
+        ``model.tokenizer.encode(text)``.
+
+    Returns:
+      ``[t, vocab]`` or ``[b, t, vocab]``, in the dtype the model was loaded with; row i is about the token after i.
+
+    Raises:
+      ValueError: ids of another shape or dtype, outside the vocabulary, or more than the model has positions.
+
+    >>> from awq_jax.demo import MODEL
+    >>> model = load_model(MODEL)
+    >>> logits(model, model.tokenizer.encode("Return a list of")).shape[-1] == model.config.vocab_size
+    True
+    """
+    tokens, config = np.asarray(ids), model.config
+    if tokens.ndim not in (1, 2) or not tokens.size or not np.issubdtype(tokens.dtype, np.integer):
+        raise ValueError(f"ids are {tokens.dtype}{list(tokens.shape)}; they must be whole numbers, [t] or [b, t].")
+    if tokens.min() < 0 or tokens.max() >= config.vocab_size:
+        raise ValueError(
+            f"ids reach from {tokens.min()} to {tokens.max()}, the model knows 0 to {config.vocab_size - 1}. Are they "
+            "of its own tokenizer?"
+        )
+    if tokens.shape[-1] > config.max_position_embeddings:
+        raise ValueError(f"{tokens.shape[-1]} ids do not fit {config.max_position_embeddings} positions; give fewer.")
+    made = _jitted(config)(model.params, jnp.asarray(np.atleast_2d(tokens), jnp.int32))
+    return made if tokens.ndim == 2 else made[0]
+
+
 def _read_text(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8")
@@ -81,6 +115,11 @@ def _read_text(path: Path) -> str:
 @functools.cache  # one object for each config: models of equal shape share a compilation
 def _apply(config: DecoderConfig) -> Callable[[Any, Any], Any]:
     return functools.partial(forward, config)
+
+
+@functools.cache
+def _jitted(config: DecoderConfig) -> Callable[[Any, Any], Any]:
+    return jax.jit(_apply(config))
 
 
 def evaluate_checkpoint(

@@ -4,7 +4,9 @@
 import argparse
 import importlib
 import os
+import re
 import sys
+import textwrap
 from collections.abc import Sequence
 
 from awq_jax._version import __version__
@@ -28,34 +30,48 @@ COMMANDS = (
 DESCRIPTION = """\
 Quantize language models to INT4 in JAX, and run them.
 
-  awq-jax demo                                      see it work on the shipped model, two minutes
-  awq-jax quantize SRC OUT --calib text.txt         a Hugging Face directory in, an INT4 one out
-  awq-jax convert SRC OUT --to compressed-tensors   another format, same codes
-  awq-jax compare SRC OUT --bits 4,3                several methods on one model: one page, one table
-  awq-jax eval OUT --text held_out.txt --base SRC   perplexity, and KL divergence from the original
-  awq-jax generate OUT --prompt "Once upon a time"
-  awq-jax chat OUT                                  talk to it; `awq-jax serve OUT` does so over HTTP
-  awq-jax export OUT DIR --platform tpu             prefill and decode as artefacts for elsewhere
-  awq-jax inspect OUT                               what is in a checkpoint, layer by layer
-  awq-jax families                                  which models, and what each scale folds into
+  awq-jax demo                                see it work, in two minutes
+  awq-jax quantize SRC OUT --calib text.txt   Hugging Face in, INT4 out
+  awq-jax convert SRC OUT --to native         another format, same codes
+  awq-jax compare SRC OUT --bits 4,3          several methods, one table
+  awq-jax eval OUT --text t.txt --base SRC    perplexity, KL to the original
+  awq-jax generate OUT --prompt "Once"        continue a text
+  awq-jax chat OUT                            talk to it
+  awq-jax serve OUT                           the same over HTTP
+  awq-jax export OUT DIR --platform tpu       artefacts for another machine
+  awq-jax inspect OUT                         what is in it, layer by layer
+  awq-jax families                            models, and what scales fold into
 """
 
 
+class _Formatter(argparse.RawDescriptionHelpFormatter):
+    """Wraps a description's paragraphs to the terminal and leaves its indented commands as they are."""
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        paragraphs = re.split(r"\n\s*\n", text.strip("\n"))
+        return "\n\n".join(p if p.startswith(" ") else textwrap.fill(p, width) for p in paragraphs)
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="awq-jax", description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(prog="awq-jax", description=DESCRIPTION, formatter_class=_Formatter)
     parser.add_argument("--version", action="version", version=f"awq-jax {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for name in COMMANDS:
         module = importlib.import_module(f"awq_jax.cli.{name}_command")
         summary = (module.__doc__ or "").splitlines()[0]
-        sub = commands.add_parser(
-            name, help=summary, description=module.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-        )
+        sub = commands.add_parser(name, help=summary, description=module.__doc__, formatter_class=_Formatter)
         module.add_arguments(sub)
         sub.set_defaults(run=module.run)
     return parser
+
+
+def _message(error: BaseException) -> str:
+    """What went wrong, for people: ``PATH: reason`` for what the system refused."""
+    if isinstance(error, KeyError) and error.args:
+        return str(error.args[0])  # its str() is the repr of that
+    if isinstance(error, OSError) and error.strerror:  # its str() begins with a number
+        return ": ".join(str(part) for part in (error.filename, error.filename2, error.strerror) if part is not None)
+    return str(error)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -67,15 +83,13 @@ def main(argv: Sequence[str] | None = None) -> int:
             sys.stdout.flush()  # here, where what goes wrong is still answered
         return done
     except (ValueError, KeyError, FileNotFoundError, FileExistsError, NotADirectoryError) as error:
-        # KeyError's str() is the repr of its message.
-        message = error.args[0] if isinstance(error, KeyError) and error.args else error
-        print(f"awq-jax {args.command}: {message}", file=sys.stderr)
+        print(f"awq-jax {args.command}: {_message(error)}", file=sys.stderr)
         return 2
     except BrokenPipeError:  # of `awq-jax inspect DIR | head`: nobody reads on, and nobody need be told
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at exit
         return 1
     except (OSError, MemoryError, RuntimeError) as error:  # RuntimeError: jax found no device, or no memory on it
-        print(f"awq-jax {args.command}: {str(error) or 'out of memory'}", file=sys.stderr)
+        print(f"awq-jax {args.command}: {_message(error) or 'out of memory'}", file=sys.stderr)
         return 1
     except KeyboardInterrupt as error:
         print(f"awq-jax {args.command}: {str(error) or 'interrupted; nothing was left behind.'}", file=sys.stderr)

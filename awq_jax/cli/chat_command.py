@@ -16,7 +16,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("dir", type=pathlib.Path, metavar="DIR", help="dense or quantized checkpoint")
     add("--system", metavar="TEXT", help="what the model is told first")
-    add("--max-new-tokens", type=int, default=256, metavar="N", help="of an answer (%(default)s)")
+    add("--max-new-tokens", type=int, default=256, metavar="N", help="tokens of an answer, at most (%(default)s)")
     add("--max-len", type=int, metavar="N", help="positions of the conversation (the model's, at most 4096)")
     add("--temperature", type=float, default=0.0, metavar="T", help="0 is greedy (%(default)s)")
     add("--top-k", type=int, metavar="K", help="sample from the K likeliest tokens")

@@ -19,7 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("src", type=pathlib.Path, metavar="SRC", help="dense Hugging Face directory")
     add("out", type=pathlib.Path, metavar="OUT", help="directory to write; must not exist")
-    add("--methods", default="minmax,awq,gptq,awq+gptq", metavar="M,…", help="(%(default)s)")
+    add("--methods", default="minmax,awq,gptq,awq+gptq", metavar="M,…", help="methods (%(default)s)")
     add("--bits", default="4,3", metavar="B,…", help="widths (%(default)s)")
     add("--group-size", type=int, default=128, metavar="G", help="rows that share a scale (%(default)s)")
     add("--symmetric", action="store_true", help="no zero points")
@@ -57,7 +57,8 @@ def run(args: argparse.Namespace) -> int:
             progress=status.update,
         )
     if args.json:
-        print(json.dumps([dataclasses.asdict(row) for row in rows], allow_nan=False))
+        plain = [dataclasses.asdict(row) for row in rows]
+        print(json.dumps({"src": str(args.src), "out": str(args.out), "rows": plain}, allow_nan=False))
     else:
         print(to_markdown(rows), end="")
         print(f"page: {args.out / 'comparison.html'}")

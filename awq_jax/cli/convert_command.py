@@ -43,7 +43,7 @@ def run(args: argparse.Namespace) -> int:
 
     from awq_jax_convert.convert import convert_checkpoint
 
-    console = Console(stderr=True, quiet=args.quiet)
+    console = Console(stderr=True, quiet=args.quiet, soft_wrap=True)
     columns = (TextColumn("layer {task.completed}/{task.total}"), BarColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console, disable=args.quiet or not sys.stderr.isatty()) as bar:
         task = bar.add_task("converting", total=None)
@@ -61,5 +61,5 @@ def run(args: argparse.Namespace) -> int:
     for warning in done.warnings:
         console.print(f"[bold yellow]warning[/]: {escape(warning)}")
     if args.json:
-        print(json.dumps(done.to_dict()))
+        print(json.dumps({"src": str(args.src), "out": str(args.out), **done.to_dict()}))
     return 0

@@ -41,9 +41,9 @@ def run(args: argparse.Namespace) -> int:
     with Console(stderr=True).status("importing jax") as status:
         rows = run_demo(args.out, quick=args.quick, prompt=args.prompt, progress=status.update)
     if args.json:
-        print(json.dumps([dataclasses.asdict(row) for row in rows]))
+        print(json.dumps({"out": str(args.out), "rows": [dataclasses.asdict(row) for row in rows]}))
         return 0
-    console = Console()
+    console = Console(soft_wrap=True)
     table = Table(box=box.SIMPLE, padding=(0, 1))
     table.add_column("")
     for column in ("perplexity", "KL", "top-1", "MB", "seconds"):

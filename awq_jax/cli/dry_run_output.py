@@ -18,10 +18,10 @@ def _rows(layers: tuple[LayerCost, ...]) -> Iterator[tuple[str, LayerCost]]:
         yield (f"{first.index}-{rest[-1].index}" if rest else str(first.index)), first
 
 
-def show(found: DryRun, *, as_json: bool) -> None:
-    """Print an estimate to stdout, for people or as JSON."""
+def show(found: DryRun, about: dict[str, str], *, as_json: bool) -> None:
+    """Print an estimate to stdout, for people or, with what it is about, as JSON."""
     if as_json:
-        print(json.dumps(found.to_dict(), allow_nan=False))
+        print(json.dumps({**about, **found.to_dict()}, allow_nan=False))
         return
     from rich.console import Console
     from rich.table import Table

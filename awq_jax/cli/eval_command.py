@@ -50,7 +50,9 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         # A single window has no standard error, and JSON has no NaN.
         spread = None if math.isnan(result.perplexity_stderr) else result.perplexity_stderr
-        print(json.dumps({**dataclasses.asdict(result), "perplexity_stderr": spread}, allow_nan=False))
+        about = {"dir": str(args.dir), "text": str(args.text), "base": str(args.base) if args.base else None}
+        measured = {**dataclasses.asdict(result), "perplexity_stderr": spread, "ctx": args.ctx}
+        print(json.dumps({**about, **measured}, allow_nan=False))
         return 0
     print(f"perplexity  {result.perplexity:.4f} +- {result.perplexity_stderr:.4f}")
     if result.kl is not None and result.top1 is not None:

@@ -3,7 +3,7 @@
 
 They are StableHLO with the kernels inside; `loader.py` beside them runs them with jax and numpy alone.
 
-  awq-jax export OUT ARTEFACTS --platform tpu --chip v6e --batch 8 --max-len 2048
+  awq-jax export OUT ARTEFACTS --platform tpu --chip v6e --max-len 2048
 """
 
 import argparse

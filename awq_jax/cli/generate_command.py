@@ -3,7 +3,7 @@
 
 Quantized weights stay packed: every matrix product reads INT4.
 
-  awq-jax generate OUT --prompt "The easiest way to open a file is" --max-new-tokens 64
+  awq-jax generate OUT --prompt "The easiest way to open a file is"
 """
 
 import argparse
@@ -16,7 +16,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("dir", type=pathlib.Path, metavar="DIR", help="dense or quantized checkpoint")
     add("--prompt", required=True, metavar="TEXT", help="what to continue")
-    add("--max-new-tokens", type=int, default=64, metavar="N", help="(%(default)s)")
+    add("--max-new-tokens", type=int, default=64, metavar="N", help="tokens to add, at most (%(default)s)")
     add("--temperature", type=float, default=0.0, metavar="T", help="0 is greedy (%(default)s)")
     add("--top-k", type=int, metavar="K", help="sample from the K likeliest tokens")
     add("--top-p", type=float, metavar="P", help="sample from the smallest set of probability P")
@@ -37,5 +37,5 @@ def run(args: argparse.Namespace) -> int:
         top_p=args.top_p,
         seed=args.seed,
     )
-    print(json.dumps(result) if args.json else result["prompt"] + result["text"])
+    print(json.dumps({"dir": str(args.dir), **result}) if args.json else result["prompt"] + result["text"])
     return 0

@@ -24,7 +24,7 @@ def run(args: argparse.Namespace) -> int:
 
     found = describe(args.dir)
     if args.json:
-        print(json.dumps(found.to_dict()))
+        print(json.dumps({"dir": str(args.dir), **found.to_dict()}))
         return 0
 
     from rich import box
@@ -32,7 +32,7 @@ def run(args: argparse.Namespace) -> int:
     from rich.markup import escape
     from rich.table import Table
 
-    console = Console()
+    console = Console(soft_wrap=True)
     size = f"{found.nbytes / 1e6:.1f} MB"
     console.print(f"{escape(str(args.dir))}: {found.family}, {found.num_layers} layers, {size}, {found.format}")
     table = Table(box=box.SIMPLE, padding=(0, 1))

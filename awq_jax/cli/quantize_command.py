@@ -6,7 +6,7 @@ weights that matter, folds them into the model and writes OUT, which vLLM, trans
 only when it is complete; SRC is never changed. A run that was killed goes on where it was when it is started again.
 
   awq-jax quantize Llama-3.2-1B Llama-3.2-1B-int4 --calib my_text.txt
-  awq-jax quantize SRC OUT --bits 3 --format native --override 'layers/0/*=float'
+  awq-jax quantize SRC OUT --bits 3 --override 'layers/0/*=float'
 """
 
 import argparse
@@ -51,7 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--scale-dtype",
         choices=("float16", "bfloat16", "float32"),
-        help="(float16; for compressed-tensors the model's own, in which loaders keep scales; autoawq is float16)",
+        help="of the stored scales (float16; for compressed-tensors the model's own, in which its loaders keep them)",
     )
     add(
         "--method",
@@ -169,7 +169,7 @@ def _summary(report: "Report", out: pathlib.Path) -> None:
     from rich.markup import escape
     from rich.table import Table
 
-    console = Console(stderr=True)
+    console = Console(stderr=True, soft_wrap=True)  # a log keeps its lines whole
     table = Table(title=escape(str(out)), title_justify="left")
     for column in ("layer", "group", "rule", "loss / round-to-nearest"):
         table.add_column(column)
@@ -196,7 +196,7 @@ def _summary(report: "Report", out: pathlib.Path) -> None:
     size = f"{report.bytes_before / 1e6:.1f} MB -> {report.bytes_after / 1e6:.1f} MB"
     took = ", ".join(f"{name} {value:.1f} s" for name, value in report.seconds.items())
     console.print(f"{size}; {took}; peak memory {report.peak_memory_bytes / 1e9:.2f} GB")
-    console.print(f"weights: {dict(report.coverage)}")
+    console.print(f"weights: {report.covered}")
 
 
 @contextlib.contextmanager
@@ -215,13 +215,15 @@ def run(args: argparse.Namespace) -> int:
     """Quantize."""
     fmt = args.format if args.format != "auto" else ("autoawq" if args.bits == 4 else "native")
     recipe = _recipe(args, fmt)
+    about = {"src": str(args.src), "out": str(args.out), "format": fmt}
     if args.dry_run:
         from awq_jax.cli.dry_run_output import show
         from awq_jax.dry_run import dry_run_directory
 
         options = {"samples": args.samples, "seq_len": args.seq_len, "batch": args.batch, "serve_tp": args.serve_tp}
         kept = args.resume != "never"
-        show(dry_run_directory(args.src, recipe=recipe, format=fmt, keep=kept, **options), as_json=args.json)
+        found = dry_run_directory(args.src, recipe=recipe, format=fmt, keep=kept, **options)
+        show(found, about, as_json=args.json)
         return 0
 
     from rich.console import Console
@@ -268,5 +270,5 @@ def run(args: argparse.Namespace) -> int:
     if not args.quiet:
         _summary(report, args.out)
     if args.json:
-        print(json.dumps(report.to_dict(), allow_nan=False))
+        print(json.dumps({**about, **report.to_dict()}, allow_nan=False))
     return 0

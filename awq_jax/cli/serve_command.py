@@ -5,7 +5,8 @@ For trying out and for tests: it listens on 127.0.0.1 alone and knows no users. 
 same checkpoint with vLLM.
 
   awq-jax serve OUT --port 8000
-  curl http://127.0.0.1:8000/v1/completions -H 'content-type: application/json' -d '{"prompt": "Once"}'
+  curl http://127.0.0.1:8000/v1/completions \\
+    -H 'content-type: application/json' -d '{"prompt": "Once"}'
 """
 
 import argparse

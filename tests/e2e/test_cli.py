@@ -7,10 +7,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from awq_jax.cli import COMMANDS, main
-from tests.tiny_models import Oracle
+from awq_jax.run import load_model, logits
+from tests.tiny_models import Oracle, rounding, some_tokens
 
 FAST = ["--group-size", "32", "--samples", "2", "--seq-len", "32"]
 
@@ -30,12 +32,14 @@ def test_help_imports_nothing_heavy():
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_every_command_explains_itself(command: str, capsys: pytest.CaptureFixture[str]):
+def test_every_command_explains_itself(command: str, monkeypatch: pytest.MonkeyPatch, capsys):
+    monkeypatch.setenv("COLUMNS", "80")
     with pytest.raises(SystemExit) as stopped:
         main([command, "--help"])
     assert stopped.value.code == 0
     said = capsys.readouterr().out
-    assert f"awq-jax {command}" in said and len(said.splitlines()) > 8
+    assert f"\n  awq-jax {command}" in said, "an example"
+    assert len(said.splitlines()) > 8 and max(map(len, said.splitlines())) <= 80
 
 
 def test_wrong_arguments_exit_with_2(capsys: pytest.CaptureFixture[str]):
@@ -52,7 +56,8 @@ def test_json_is_all_that_stands_on_stdout(llama: Oracle, tmp_path: Path, capsys
     report = json.loads(said.out)
     assert report["coverage"]["awq"] + report["coverage"].get("rtn", 0) == 21
     assert re.search(r"3/3 layer 2: output error", said.err)
-    assert "weights:" in said.err
+    assert re.search(r"weights: \d+ with searched scales, ", said.err) and "{" not in said.err
+    assert (report["src"], report["out"], report["format"]) == (arguments[1], arguments[2], "autoawq")
 
 
 def test_without_calibration_text_there_is_a_loud_warning(llama: Oracle, tmp_path: Path, capsys):
@@ -101,3 +106,41 @@ def test_inspect_lists_every_weight(quantized: Path, llama: Oracle, capsys: pyte
     assert sum(row["nbytes"] for row in found["parameters"]) == found["nbytes"]
     assert main(["inspect", str(llama.path)]) == 0
     assert "dense" in capsys.readouterr().out
+
+
+def test_what_the_system_refuses_is_said_without_its_number(tmp_path: Path, llama: Oracle, capsys):
+    (tmp_path / "file").write_text("")
+    calib = ["--calib", str(llama.path / "text.txt")]
+    assert main(["quantize", str(llama.path), str(tmp_path / "file" / "out"), *calib, *FAST]) in (1, 2)
+    assert main(["quantize", str(llama.path), str(tmp_path / "file"), *calib, *FAST]) == 2
+    assert main(["eval", str(llama.path), "--text", str(tmp_path)]) == 2
+    said = capsys.readouterr().err
+    assert "Errno" not in said
+    assert f"{tmp_path / 'file'}: the output exists" in said
+
+
+def test_the_card_tells_of_mixed_bits(llama: Oracle, tmp_path: Path):
+    arguments = ["quantize", str(llama.path), str(tmp_path / "out"), "--calib", str(llama.path / "text.txt"), *FAST]
+    mixed = ["--override", "layers/0/*=float", "--override", "*/mlp/down=bits:3", "--format", "native", "--quiet"]
+    assert main([*arguments, *mixed]) == 0
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "INT4 and INT3" in card and "tags: [awq, int4, int3, awq-jax]" in card
+    assert "12 of 4 bits in groups of 32, 2 of 3 bits in groups of 32" in card
+
+
+@pytest.mark.parametrize("wide", [False, True])
+def test_logits_are_those_of_the_oracle(llama: Oracle, wide: bool):
+    tokens = some_tokens(320)
+    model = load_model(llama.path)
+    made = logits(model, tokens if wide else tokens[0].tolist())
+    wanted = llama.logits(tokens if wide else tokens[:1]).reshape(made.shape)
+    assert np.abs(made - wanted).max() <= rounding(model.config) * np.abs(wanted).max()
+
+
+@pytest.mark.parametrize(
+    ("ids", "said"),
+    [([], r"\[0\]"), ([0.5], "float64"), ([320], "0 to 319"), ([-1], "from -1"), ([1] * 129, "129 ids do not fit 128")],
+)
+def test_logits_refuses(llama: Oracle, ids: list[float], said: str):
+    with pytest.raises(ValueError, match=said):
+        logits(load_model(llama.path), ids)

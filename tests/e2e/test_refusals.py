@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Bad input through the command line: exit code 2 (input) or 1 (system), a message with a remedy, and no output."""
 
+import dataclasses
 import json
 import os
 import re
@@ -18,7 +19,9 @@ from safetensors.numpy import load_file, save_file
 
 from awq_jax.cli import main
 from awq_jax_convert.hf import HFCheckpoint
-from tests.tiny_models import Oracle
+from tests.e2e.conftest import SIZES, make_source, save_text_tools
+from tests.models.families import TINY
+from tests.tiny_models import Oracle, save_oracle
 
 FAST = ["--group-size", "32", "--samples", "2", "--seq-len", "32", "--quiet"]
 
@@ -98,6 +101,18 @@ CASES: list[tuple[str, Callable[[Path], None], list[str], str]] = [
     ("bits", nothing, ["--bits", "3", "--format", "autoawq"], r"hold 4 bits, not 3.*native"),
     ("override", nothing, ["--override", "layers/9/*=float"], r"override 'layers/9/\*' matches no weight"),
     ("override-word", nothing, ["--override", "*=bitz:3"], r"expected GLOB=float, GLOB=bits:N"),
+    (
+        "q-alone",
+        nothing,
+        ["--override", "layers/1/attn/q=float"],
+        r"vLLM.*/1/attn/k int4 g32, layers/1/attn/q in float",
+    ),
+    (
+        "gate-alone",
+        nothing,
+        ["--override", "*/mlp/gate=group:16", "--format", "compressed-tensors"],
+        r"vLLM.*layers/0/mlp/gate int4 g16.*up int4 g32.*one override",
+    ),
     ("rule", nothing, ["--rules", "magic"], r"unknown scale rule 'magic'"),
     ("samples", nothing, ["--samples", "0"], r"samples"),
     ("seq-len", nothing, ["--seq-len", "0"], r"seq.len"),
@@ -220,3 +235,29 @@ def test_torch_is_never_imported(llama: Oracle, tmp_path: Path):
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == "False"
     assert torch  # it is installed here, so that the line above could have been True
+
+
+@pytest.mark.parametrize("dry", [[], ["--dry-run"]])
+def test_outputs_that_do_not_fill_words_are_refused_before_anything_is_computed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], dry: list[str]
+):
+    row = dataclasses.replace(TINY[0], hf={**TINY[0].hf, **SIZES, "intermediate_size": 100})
+    save_oracle(row, tmp_path / "odd")
+    save_text_tools(tmp_path / "odd")
+    monkeypatch.setattr("awq_jax.pipeline.quantize_and_measure", None)
+    monkeypatch.setattr("awq_jax.dry_run.quantize_and_measure", None)
+    before = set(tmp_path.rglob("*"))
+    arguments = ["quantize", str(tmp_path / "odd"), str(tmp_path / "out"), "--calib", str(tmp_path / "odd/text.txt")]
+    keep = ["--override", "*/mlp/down=float"]
+    assert main([*arguments, *FAST, *keep, *dry]) == 2
+    said = capsys.readouterr().err
+    assert re.search(r"gate_proj\.weight' \(layers/0/mlp/gate\) has 100 outputs.*multiple of 8.*native", said), said
+    assert set(tmp_path.rglob("*")) == before
+
+
+def test_parts_of_one_tensor_need_one_format(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    row = next(row for row in TINY if row.family == "phi3")
+    make_source(row, tmp_path / "phi3")
+    arguments = ["quantize", str(tmp_path / "phi3"), str(tmp_path / "out"), *FAST]
+    assert main([*arguments, "--override", "layers/2/attn/v=float"]) == 2
+    assert re.search(r"qkv_proj\.weight' is one tensor.*layers/2/attn/v in floating", capsys.readouterr().err)
