@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from awq_jax._spec import GPTQSpec as GPTQSpec
     from awq_jax._spec import QuantSpec as QuantSpec
     from awq_jax._spec import Recipe as Recipe
+    from awq_jax._spec import RefineSpec as RefineSpec
     from awq_jax._spec import ScaleRule as ScaleRule
     from awq_jax._spec import SearchSpec as SearchSpec
     from awq_jax._spec import rule as rule
@@ -47,7 +48,7 @@ _HOME = {
     "_quantize": ("quantize_layer",),
     "_round": ("quantize",),
     "_search": ("ScaleResult", "search_scale"),
-    "_spec": ("GPTQSpec", "QuantSpec", "Recipe", "ScaleRule", "SearchSpec", "rule"),
+    "_spec": ("GPTQSpec", "QuantSpec", "Recipe", "RefineSpec", "ScaleRule", "SearchSpec", "rule"),
     "_stats": ("ActStats", "all_reduce", "calibrate", "merge", "observe"),
     "_tie": ("Tie",),
     "pipeline": ("quantize_checkpoint",),

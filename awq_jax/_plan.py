@@ -4,7 +4,7 @@
 import dataclasses
 from collections.abc import Iterable, Mapping
 
-from awq_jax._spec import GPTQSpec, QuantSpec, Recipe, SearchSpec
+from awq_jax._spec import GPTQSpec, QuantSpec, Recipe, RefineSpec, SearchSpec
 from awq_jax._tie import Tie
 from awq_jax.families._table import Family, Group, Linear
 
@@ -47,12 +47,14 @@ class LayerPlan:
       search: how scales and thresholds are found.
       feedback: how GPTQ rounds; None rounds to nearest.
       propagate: whether inputs are those of the quantized layers before.
+      refine: how codes and scales are trained afterwards; None leaves them.
     """
 
     groups: tuple[GroupPlan, ...]
     search: SearchSpec
     feedback: GPTQSpec | None = None
     propagate: bool = False
+    refine: RefineSpec | None = None
 
     @property
     def taps(self) -> tuple[str, ...]:
@@ -93,12 +95,17 @@ def plan_layers(
 
     Raises:
       ValueError: a group size does not divide a width, an override matches no weight, or a mixture of experts is to be
-        quantized on inputs that pass through quantized layers.
+        quantized on inputs that pass through quantized layers or to be refined.
     """
     if recipe.propagate == "quantized" and any(group.per_expert for group in family.groups):
         raise ValueError(
             f"family {family.name!r} has experts, and quantized layers before a router change which of them a token "
             "reaches: propagate='quantized' is not implemented for it. Use 'dense'."
+        )
+    if recipe.refine is not None and any(group.per_expert for group in family.groups):
+        raise ValueError(
+            f"family {family.name!r} has experts, and where a router sends a token has no gradient: refinement is not "
+            "implemented for it. Leave it out (--refine 0)."
         )
     used: set[str | None] = set()
     plans = []
@@ -120,6 +127,7 @@ def plan_layers(
             search=recipe.searches,
             feedback=recipe.feedback,
             propagate=recipe.propagate == "quantized",
+            refine=recipe.refine,
         )
         plans.append(plan)
     _refuse_unused(glob for glob, _ in recipe.overrides if glob not in used)

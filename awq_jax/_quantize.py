@@ -40,11 +40,13 @@ class QuantizedLayer:
       results: a `ScaleResult` per group of the plan, None where nothing of the group is quantized.
       losses: by group, the output error after clipping and rounding, in the unit of ``results[i].losses`` under the
         Gram objective.
+      folded: the layer's tree before rounding, scales folded in.
     """
 
     params: Any
     results: Any
     losses: Any
+    folded: Any
 
 
 def _search_group(params: Params, plan: GroupPlan, layer: LayerPlan, stats: ActStats, loss: Any) -> ScaleResult:
@@ -163,4 +165,4 @@ def quantize_layer(
             drift = reobserve(folded, done, group) if reobserve else None
             done, left = _round_group(done, group, plan, drift.stats if drift else seen, drift)
         losses.append(left)
-    return QuantizedLayer(params=done, results=results, losses=tuple(losses))
+    return QuantizedLayer(params=done, results=results, losses=tuple(losses), folded=folded)

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-__all__ = ["METHODS", "GPTQSpec", "QuantSpec", "Recipe", "ScaleRule", "SearchSpec", "rule"]
+__all__ = ["METHODS", "GPTQSpec", "QuantSpec", "Recipe", "RefineSpec", "ScaleRule", "SearchSpec", "rule"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -242,6 +242,31 @@ class GPTQSpec:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class RefineSpec:
+    """How codes and scales are trained once a method has found them, layer by layer.
+
+    Attributes:
+      steps: of Adam.
+      rate: largest step of a code, in codes; it rises over a tenth of the steps and falls to nothing along a cosine.
+      samples: of the calibration set that a step looks at, drawn at random.
+      seed: of the draw.
+    """
+
+    steps: int = 200
+    rate: float = 0.005
+    samples: int = 1
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.steps < 1:
+            raise ValueError(f"RefineSpec.steps is {self.steps}; it must be at least 1, usually 200.")
+        if not 0 < self.rate <= 0.5:
+            raise ValueError(f"RefineSpec.rate is {self.rate}; it must lie in (0, 0.5], in codes a step.")
+        if self.samples < 1:
+            raise ValueError(f"RefineSpec.samples is {self.samples}; it must be at least 1.")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Recipe:
     """Everything that decides a quantization.
 
@@ -254,6 +279,7 @@ class Recipe:
       propagate: "dense" quantizes each layer on the float model's activations; "quantized" on those that have passed
         through the layers before it as they are written, and moves each weight so that it still makes the float
         model's outputs of them.
+      refine: how codes and scales are trained after that; None leaves them as the method found them.
       overrides: ``(glob, spec or None)`` pairs over weight paths such as ``layers/*/mlp/down``; the first match wins,
         None leaves the weight in floating point. A glob that matches nothing is an error.
     """
@@ -263,6 +289,7 @@ class Recipe:
     search: SearchSpec = dataclasses.field(default_factory=SearchSpec)
     gptq: GPTQSpec = dataclasses.field(default_factory=GPTQSpec)
     propagate: str = "dense"
+    refine: RefineSpec | None = None
     overrides: tuple[tuple[str, QuantSpec | None], ...] = ()
 
     def __post_init__(self) -> None:

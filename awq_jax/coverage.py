@@ -96,7 +96,7 @@ def _group(
         loss=_finite(each.min(1).sum()),
         rtn_loss=_finite(losses[0]),
         losses=tuple(map(_finite, losses)),
-        written_loss=_finite(written),
+        written_loss=None if written is None else _finite(written),
         **_thinned(np.asarray(magnitudes).reshape(3, -1)),
     )
 

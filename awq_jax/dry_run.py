@@ -106,9 +106,12 @@ def _group_flops(group: GroupPlan, plan: LayerPlan, widths: dict[str, tuple[int,
     return gram + candidates * 2 * k * k * n + clip
 
 
-def _layer_flops(plan: LayerPlan, widths: dict[str, tuple[int, int]], tokens: int, measured: int) -> int:
+def _layer_flops(plan: LayerPlan, widths: dict[str, tuple[int, int]], tokens: int, measured: int, seq_len: int) -> int:
     forward = 2 * sum(k * n for k, n in widths.values())
-    return forward * (tokens + 2 * measured) + sum(_group_flops(g, plan, widths, tokens) for g in plan.groups)
+    # Backward costs twice as much as forward.
+    refined = 3 * plan.refine.steps * plan.refine.samples * seq_len if plan.refine else 0
+    passes = tokens + 2 * measured + refined
+    return forward * passes + sum(_group_flops(g, plan, widths, tokens) for g in plan.groups)
 
 
 def _abstract_layer(checkpoint: HFCheckpoint, index: int) -> dict[str, Any]:
@@ -175,7 +178,7 @@ def dry_run(
             if path.endswith("/kernel") and len(shape) > 1
         }
         before, after = layer_bytes(checkpoint, index, plan)
-        flops = _layer_flops(plan, kernels, tokens, min(tokens, MEASURED))
+        flops = _layer_flops(plan, kernels, tokens, min(tokens, MEASURED), seq_len)
         layers.append(LayerCost(index=index, bytes_before=before, bytes_after=after, flops=flops))
         float_bytes = max(float_bytes, 4 * sum(_size(shape) for shape in shapes.values()))
     steps = {(config.of_layer(index), plan): index for index, plan in enumerate(plans)}

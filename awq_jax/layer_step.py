@@ -17,12 +17,14 @@ from awq_jax._experts import ExpertRows, flat, observe_experts, stacked
 from awq_jax._plan import GroupPlan, LayerPlan
 from awq_jax._pytree import pytree
 from awq_jax._qtensor import dequantize_tree
-from awq_jax._quantize import quantize_layer, round_layer
+from awq_jax._quantize import QuantizedLayer, quantize_layer, round_layer
+from awq_jax._spec import RefineSpec
 from awq_jax._stats import ActStats, calibrate, observe
 from awq_jax._tree import get, put
 from awq_jax.models.config import DecoderConfig
 from awq_jax.models.functional import block, part
 from awq_jax.propagate import reobserver
+from awq_jax.refine import Batch, refine
 
 __all__ = ["LayerOutcome", "quantize_and_measure"]
 
@@ -128,6 +130,20 @@ def _relative_errors(
     return list(jax.lax.map(error, stacked))
 
 
+def _refined(
+    config: DecoderConfig, searched: QuantizedLayer, batches: Batch, how: RefineSpec, measured: int
+) -> QuantizedLayer:
+    """Codes and scales trained on the layer's output; the chunks that the layer is measured on are held back."""
+
+    def error(params: Params, batch: Batch) -> Array:
+        x, wanted, keep = batch
+        return jnp.sum(jnp.where(keep[..., None], block(config, params, x) - wanted, 0.0) ** 2)
+
+    params = refine(searched.params, searched.folded, error, batches, how, held=measured)
+    # A group's own loss no longer says how its weights were chosen.
+    return dataclasses.replace(searched, params=params, losses=(None,) * len(searched.losses))
+
+
 @partial(jax.jit, static_argnames=("config", "plan", "measured", "tokens"), donate_argnames=("hidden", "stream"))
 def quantize_and_measure(
     params: Params,
@@ -166,13 +182,15 @@ def quantize_and_measure(
     _, inputs, _, keep = sample
     loss = _block_loss(config, params, inputs, keep, plan) if plan.search.objective == "block" else lambda group: None
     searched = quantize_layer(params, stats, plan, loss, reobserve)
+    if plan.refine is not None:
+        searched = _refined(config, searched, (stream, outputs, mask), plan.refine, measured)
     rounded = round_layer(params, plan)
     error, rtn_error = _relative_errors(config, [searched.params, rounded], *sample)
     helped = error <= rtn_error  # False where the error is NaN
     chosen = jax.tree.map(lambda a, b: jnp.where(helped, a, b), searched.params, rounded)
     finite = {tap: jnp.isfinite(s.abs_sum).all() & jnp.isfinite(s.gram).all() for tap, s in stats.items()}
     return LayerOutcome(
-        layer=dataclasses.replace(searched, params=chosen),
+        layer=dataclasses.replace(searched, params=chosen, folded=None),
         hidden=outputs,
         stream=forward(dequantize_tree(chosen), stream) if plan.propagate else None,
         error=error,

@@ -19,7 +19,7 @@ from typing import Any
 import jax
 
 from awq_jax import stdlib_text
-from awq_jax._spec import GPTQSpec, QuantSpec, Recipe, SearchSpec, rule
+from awq_jax._spec import GPTQSpec, QuantSpec, Recipe, RefineSpec, SearchSpec, rule
 from awq_jax.demo import MODEL, plant_checkpoint
 from awq_jax.pipeline import quantize_checkpoint
 from awq_jax.run import evaluate_checkpoint
@@ -40,6 +40,9 @@ def recipes() -> dict[str, Recipe]:
         "awq+gptq without clipping": Recipe(method="awq+gptq", search=both),
         "awq+gptq": Recipe(method="awq+gptq"),
         "awq+gptq, propagated": Recipe(method="awq+gptq", propagate="quantized"),
+        "awq+gptq, propagated, refined": Recipe(method="awq+gptq", propagate="quantized", refine=RefineSpec()),
+        "awq+gptq, refined": Recipe(method="awq+gptq", refine=RefineSpec()),
+        "awq, refined": Recipe(refine=RefineSpec()),
         "awq, propagated": Recipe(propagate="quantized"),
         "gptq, rows in order, no sweeps": Recipe(method="gptq", gptq=GPTQSpec(order=False, sweeps=0)),
         "awq+gptq, no sweeps": Recipe(method="awq+gptq", gptq=GPTQSpec(sweeps=0)),

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Fine-tune the shipped model in INT4 on text it has never seen, with LoRA, and compare with LoRA on the dense model.
 
-    pip install ".[train]" && python examples/lora_on_int4.py
+    pip install . && python examples/lora_on_int4.py
 
 The base is quantized once and stays frozen: 4.2 bits a weight, in the forward and in the backward pass. Only the
 adapters and their optimizer state are in floating point. The new text is NumPy's documentation, a fifth of it held out.

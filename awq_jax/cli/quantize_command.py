@@ -81,6 +81,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="what a layer is calibrated on: the float model's activations, or those that have passed through the "
         "quantized layers before it (%(default)s)",
     )
+    add(
+        "--refine",
+        type=int,
+        default=0,
+        metavar="STEPS",
+        help="then train codes and scales on each layer's output, 200 steps or so; takes longer than all the rest "
+        "(%(default)s: off)",
+    )
     add("--no-clip", action="store_true", help="do not search clipping thresholds")
     add(
         "--override",
@@ -139,7 +147,7 @@ def _scale_dtype(args: argparse.Namespace, fmt: str) -> str:
 
 
 def _recipe(args: argparse.Namespace, fmt: str) -> "Recipe":
-    from awq_jax._spec import QuantSpec, Recipe, SearchSpec, rule
+    from awq_jax._spec import QuantSpec, Recipe, RefineSpec, SearchSpec, rule
 
     quant = QuantSpec(
         bits=args.bits, group_size=args.group_size, symmetric=args.symmetric, scale_dtype=_scale_dtype(args, fmt)
@@ -150,6 +158,7 @@ def _recipe(args: argparse.Namespace, fmt: str) -> "Recipe":
         quant=quant,
         method=args.method,
         propagate=args.propagate,
+        refine=RefineSpec(steps=args.refine) if args.refine else None,
         search=SearchSpec(rules=rules, objective=args.objective, clip_ratios=clip),
         overrides=tuple(_override(text, quant) for text in args.override),
     )

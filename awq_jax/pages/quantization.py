@@ -21,7 +21,9 @@ def recipe_in_words(recipe: Data) -> str:
     group = "whole columns" if quant["group_size"] == -1 else f"groups of {quant['group_size']}"
     kind = "symmetric" if quant["symmetric"] else "asymmetric"
     moved = ", on the quantized model's inputs" if recipe.get("propagate") == "quantized" else ""
-    return f"INT{quant['bits']}, {kind}, {group}, method {recipe.get('method', 'awq')}{moved}"
+    refine = recipe.get("refine")
+    trained = f", refined in {refine['steps']} steps" if refine else ""
+    return f"INT{quant['bits']}, {kind}, {group}, method {recipe.get('method', 'awq')}{moved}{trained}"
 
 
 def _ratio(value: float | None, base: float | None) -> float | None:

@@ -10,7 +10,19 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from awq_jax import QTensor, QuantSpec, Recipe, SearchSpec, Tie, dequantize, plan_layers, plant_outliers, quantize, rule
+from awq_jax import (
+    QTensor,
+    QuantSpec,
+    Recipe,
+    RefineSpec,
+    SearchSpec,
+    Tie,
+    dequantize,
+    plan_layers,
+    plant_outliers,
+    quantize,
+    rule,
+)
 from awq_jax import _quantize as quantizing
 from awq_jax import layer_step as stepping
 from awq_jax._plan import LayerPlan
@@ -207,6 +219,20 @@ def test_layers_of_equal_shape_and_plan_compile_once(inputs):
     assert compiled._cache_size() == before
     step(a_layer(0), inputs, plan_of(overrides=(("layers/*/mlp/down", None),)))
     assert compiled._cache_size() == before + 1
+
+
+def test_refinement_lowers_the_layers_own_error_and_looks_at_no_padding(inputs):
+    hidden, mask = inputs
+    rounded = plan_of(method="minmax")
+    plan = plan_of(method="minmax", refine=RefineSpec(steps=30, rate=0.05))
+    before = step(a_layer(), inputs, rounded, measured=1)
+    after = step(a_layer(), inputs, plan, measured=1)
+    held = tuple(leaf[:1] for leaf in inputs)
+    assert after.error < before.error and after.rtn_error == before.rtn_error
+    np.testing.assert_allclose(after.error, output_error(a_layer(), after.layer.params, held), rtol=1e-3)
+    assert after.layer.losses == (None,) * len(plan.groups)  # a group's own loss says nothing of it any more
+    other = np.where(mask[..., None], hidden, 100 - 3 * hidden)
+    assert_same_bits(step(a_layer(), (other, mask), plan, measured=1).layer.params, after.layer.params)
 
 
 def test_an_override_leaves_a_weight_as_it_is(inputs):

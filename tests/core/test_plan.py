@@ -3,7 +3,7 @@ import dataclasses
 
 import pytest
 
-from awq_jax import QuantSpec, Recipe, Tie, plan_layers
+from awq_jax import QuantSpec, Recipe, RefineSpec, Tie, plan_layers
 from awq_jax.families._table import Family, Group, Linear, Norm
 
 L = "layers/*"
@@ -50,10 +50,12 @@ def test_refusals():
         plan_layers(TABLE, Recipe(), 2, {**WIDTHS, "o": 96})
 
 
-def test_experts_are_not_quantized_on_what_quantized_layers_send_them():
+def test_experts_are_neither_propagated_nor_refined():
     experts = dataclasses.replace(
         TABLE, groups=(*TABLE.groups[:1], dataclasses.replace(TABLE.groups[1], per_expert=True))
     )
     with pytest.raises(ValueError, match=r"has experts, .* propagate='quantized' is not implemented"):
         plan_layers(experts, Recipe(propagate="quantized"), 2, WIDTHS)
+    with pytest.raises(ValueError, match=r"has experts, .* refinement is not implemented"):
+        plan_layers(experts, Recipe(refine=RefineSpec()), 2, WIDTHS)
     assert plan_layers(experts, Recipe(), 2, WIDTHS)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from awq_jax import QTensor, QuantSpec, Recipe, SearchSpec, dequantize, quantize_checkpoint, rule
+from awq_jax import QTensor, QuantSpec, Recipe, RefineSpec, SearchSpec, dequantize, quantize_checkpoint, rule
 from awq_jax._manifest import verify
 from awq_jax.report import Report
 from awq_jax_convert.formats import open_checkpoint
@@ -94,10 +94,16 @@ def test_native_and_autoawq_hold_the_same_weights(llama: Oracle, tmp_path: Path)
         np.testing.assert_array_equal(ours, others)
 
 
-@pytest.mark.parametrize(("method", "propagate"), [("awq", "dense"), ("awq+gptq", "quantized")])
-def test_a_run_can_be_repeated_bit_for_bit(llama: Oracle, tmp_path: Path, method: str, propagate: str):
+@pytest.mark.parametrize(
+    ("method", "propagate", "refine"),
+    [("awq", "dense", None), ("awq+gptq", "quantized", None), ("gptq", "quantized", RefineSpec(steps=5))],
+)
+def test_a_run_can_be_repeated_bit_for_bit(
+    llama: Oracle, tmp_path: Path, method: str, propagate: str, refine: RefineSpec | None
+):
     for name in "ab":
-        run(llama.path, tmp_path / name, Recipe(quant=SPEC, method=method, propagate=propagate))
+        recipe = Recipe(quant=SPEC, method=method, propagate=propagate, refine=refine)
+        run(llama.path, tmp_path / name, recipe)
     one, two = ((tmp_path / name / "model.safetensors").read_bytes() for name in "ab")
     assert one == two
 
