@@ -2,8 +2,6 @@
 """The model of cost, the tuner's candidates, the tables it left, and the commands."""
 
 import dataclasses
-import doctest
-import importlib
 
 import jax
 import jax.numpy as jnp
@@ -18,24 +16,6 @@ from awq_jax_kernels.int4_matmul import pallas_tpu
 from awq_jax_kernels.int4_matmul.config import BlockConfig, for_tpu
 from awq_jax_kernels.tune.candidates import candidates
 from tests.kernels.cases import LLAMA
-
-DOCUMENTED = [
-    "aot.program",
-    "aot.schedule",
-    "bench.cost",
-    "bench.shapes",
-    "chips",
-    "int4_matmul.api",
-    "int4_matmul.blocks",
-    "ragged_int4_matmul.api",
-    "ragged_int4_matmul.tiles",
-]
-
-
-@pytest.mark.parametrize("module", DOCUMENTED)
-def test_examples(module):
-    result = doctest.testmod(importlib.import_module(f"awq_jax_kernels.{module}"))
-    assert result.attempted and not result.failed
 
 
 def still(cycles=None, bundles=None):

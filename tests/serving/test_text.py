@@ -1,14 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Text that comes in pieces, templates that come from strangers, bodies that come from clients."""
 
-import doctest
 import json
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from awq_jax.serving import engine, text
 from awq_jax.serving.engine import start_of
 from awq_jax.serving.protocol import Refusal, parse
 from awq_jax.serving.template import ChatTemplate
@@ -20,12 +18,6 @@ PIECES = st.lists(st.lists(st.integers(0, 255), max_size=5), max_size=30)
 def as_bytes(ids):
     """A decoder in which one token is one byte: the hardest case for characters of several."""
     return bytes(ids).decode("utf-8", errors="replace")
-
-
-@pytest.mark.parametrize("module", [engine, text])
-def test_examples(module):
-    result = doctest.testmod(module)
-    assert result.attempted and not result.failed
 
 
 @settings(deadline=None, max_examples=200)
