@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -43,31 +44,36 @@ class Layout:
     """Puts arrays on the devices of a mesh; without one, on the default device.
 
     Samples are spread over ``data`` and ``fsdp``, outputs of a weight over ``model``, its inputs over ``fsdp``. An axis
-    of a weight that does not divide evenly stays whole.
+    of a weight that does not divide evenly stays whole. Shapes (`jax.ShapeDtypeStruct`) are placed like arrays.
+
+    Of several processes each puts its own part of what all of them hold; ``data`` is the outermost axis, so that it
+    runs over processes first and weights are spread within one, where links are fast.
 
     Args:
-      axes: name -> size, from `AXES`; None or empty is one device.
+      axes: name -> size, from `AXES`; None or empty is one device, or with several processes ``data`` over them and
+        ``model`` over the devices of each.
+      devices: to choose from; None takes all.
 
     Raises:
-      ValueError: more devices than there are.
+      ValueError: more devices than there are, or not as many of each process.
     """
 
-    def __init__(self, axes: Mapping[str, int] | None = None) -> None:
-        sizes = {name: (axes or {}).get(name, 1) for name in AXES}
-        needed, there = math.prod(sizes.values()), len(jax.devices())
-        if needed > there:
-            raise ValueError(
-                f"a mesh of {needed} devices was asked for ({_words(sizes)}), and there are {there} (--mesh)."
-            )
+    def __init__(self, axes: Mapping[str, int] | None = None, devices: Sequence[Any] | None = None) -> None:
+        devices = jax.devices() if devices is None else devices
+        owners = sorted({device.process_index for device in devices})
+        if not axes and len(owners) > 1:
+            axes = {"data": len(owners), "model": len(devices) // len(owners)}
+        self._sizes = {name: (axes or {}).get(name, 1) for name in AXES}
+        self._processes, self._kind = len(owners), devices[0].device_kind
         self._mesh = None
         if axes:
-            kinds = (AxisType.Auto,) * len(AXES)
-            devices = np.array(jax.devices()[:needed]).reshape(*sizes.values())
-            self._mesh = jax.sharding.Mesh(devices, AXES, axis_types=kinds)
-        self._sizes = sizes
+            chosen = np.array(_chosen(devices, owners, self._sizes)).reshape(*self._sizes.values())
+            self._mesh = jax.sharding.Mesh(chosen, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+            self._replicate = jax.jit(lambda tree: tree, out_shardings=NamedSharding(self._mesh, P()))
 
     def __str__(self) -> str:
-        return f"{jax.devices()[0].device_kind} {_words(self._sizes) if self._mesh else 'x1'}"
+        spread = f" over {self._processes} processes" if self._processes > 1 else ""
+        return f"{self._kind} {_words(self._sizes) if self._mesh else 'x1'}{spread}"
 
     def refuse_batch(self, batch: int) -> None:
         """Refuse samples that do not divide over the devices.
@@ -82,14 +88,40 @@ class Layout:
                 f"Use --batch {-(-batch // over) * over}, or fewer devices."
             )
 
-    def _put(self, array: Any, *spec: Any) -> jax.Array:
+    def _put(self, array: Any, *spec: Any) -> Any:
         if self._mesh is None:
-            return jnp.asarray(array)
-        return jax.device_put(array, NamedSharding(self._mesh, P(*spec)))
+            return array if isinstance(array, jax.ShapeDtypeStruct) else jnp.asarray(array)
+        place = NamedSharding(self._mesh, P(*spec))
+        if isinstance(array, jax.ShapeDtypeStruct):
+            return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=place)
+        if place.is_fully_addressable:
+            return jax.device_put(array, place)
+        host = np.asarray(array)
+        return jax.make_array_from_callback(host.shape, place, lambda part: host[part])
 
-    def activations(self, array: Any) -> jax.Array:
+    def activations(self, array: Any) -> Any:
         """``[chunks, b, ...]``, spread over b."""
         return self._put(array, None, ("data", "fsdp"))
+
+    def fetch(self, tree: Any) -> Any:
+        """A tree on the host; with several processes all must ask, and each gets all of it."""
+        if self._mesh is not None and self._processes > 1:
+            tree = self._replicate(tree)
+        return jax.device_get(tree)
+
+    def from_first(self, array: np.ndarray | None, shape: Sequence[int]) -> Any:
+        """`activations` of float32 that only process 0 has; sent by bits, for a sum would lose the sign of zeros."""
+        if self._mesh is not None and self._processes > 1:
+            whole = np.zeros(shape, np.uint32) if array is None else array.view(np.uint32)
+            sent = (np.asarray(multihost_utils.broadcast_one_to_all(chunk)) for chunk in whole)
+            array = np.stack(list(sent)).view(np.float32)
+        return self.activations(array)
+
+    def fetch_chunks(self, array: jax.Array) -> np.ndarray:
+        """`fetch` of ``[chunks, b, ...]``, one chunk on each device at a time."""
+        if self._mesh is None or self._processes == 1:
+            return np.asarray(array)
+        return np.stack([np.asarray(self._replicate(_chunk(array, index))) for index in range(len(array))])
 
     def whole(self, tree: Any) -> Any:
         """The same on every device."""
@@ -99,13 +131,34 @@ class Layout:
         """One layer's parameters: matrices ``[*b, k, n]`` are spread, vectors are not."""
         return jax.tree.map(self._weight, params)
 
-    def _weight(self, array: Any) -> jax.Array:
+    def _weight(self, array: Any) -> Any:
         if array.ndim < 2:
             return self._put(array)
         *b, k, n = array.shape
         rows = "fsdp" if k % self._sizes["fsdp"] == 0 else None
         columns = "model" if n % self._sizes["model"] == 0 else None
         return self._put(array, *(None for _ in b), rows, columns)
+
+
+@jax.jit
+def _chunk(array: jax.Array, index: int) -> jax.Array:
+    return jax.lax.dynamic_index_in_dim(array, index, keepdims=False)
+
+
+def _chosen(devices: Sequence[Any], owners: Sequence[int], sizes: Mapping[str, int]) -> list[Any]:
+    """As many devices as a mesh needs, as many of each process."""
+    needed = math.prod(sizes.values())
+    each = {owner: [device for device in devices if device.process_index == owner] for owner in owners}
+    if needed > len(devices):
+        raise ValueError(
+            f"a mesh of {needed} devices was asked for ({_words(sizes)}), and there are {len(devices)} (--mesh)."
+        )
+    if needed % len(owners) or needed // len(owners) > min(map(len, each.values())):
+        raise ValueError(
+            f"a mesh of {needed} devices ({_words(sizes)}) does not take as many of each of {len(owners)} processes, "
+            f"which have {', '.join(str(len(row)) for row in each.values())}. Use a multiple of {len(owners)} (--mesh)."
+        )
+    return [device for owner in owners for device in each[owner][: needed // len(owners)]]
 
 
 def _words(sizes: Mapping[str, int]) -> str:

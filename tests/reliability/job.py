@@ -7,12 +7,14 @@ from typing import Any
 
 import numpy as np
 
-from awq_jax import QuantSpec, Recipe, SearchSpec, quantize_checkpoint, rule
+from awq_jax import QTensor, QuantSpec, Recipe, SearchSpec, quantize_checkpoint, rule
 from awq_jax._manifest import read_manifest, verify
+from awq_jax._tree import leaves
 from awq_jax.calibration import Samples
 from awq_jax.report import Report
 from awq_jax.resume.layers import to_tensors
 from awq_jax_convert.formats import open_checkpoint
+from awq_jax_kernels.nibbles import unpack_numpy
 from benchmarks.memory import VOCAB, make_checkpoint
 
 RECIPE = Recipe(quant=QuantSpec(group_size=32), search=SearchSpec(rules=(rule("paper", n_grid=3),), clip_ratios=(0.8,)))
@@ -32,6 +34,25 @@ def calib(seed: int = 0) -> Samples:
 def run(source: Path, out: Path, **options: Any) -> Report:
     """The whole job; the same bits in every run."""
     return quantize_checkpoint(source, out, **{"recipe": RECIPE, "calib": calib(), "batch": 2, **options})
+
+
+def moved_codes(one: Path, other: Path) -> tuple[int, int]:
+    """How many codes two outputs have, and in how many they differ; other devices take sums in another order.
+
+    Where that moves a weight across a tie its code moves by one. Norms were divided by scales that come of such sums:
+    in bfloat16 they may round to the neighbour.
+    """
+    codes = moved = 0
+    pairs = zip(*(leaves(open_checkpoint(path).params(None)) for path in (one, other)), strict=True)
+    for (path, a), (_, b) in pairs:
+        if isinstance(a, QTensor):
+            step = np.abs(unpack_numpy(a.packed).astype(int) - unpack_numpy(b.packed).astype(int))
+            codes, moved = codes + step.size, moved + int((step > 0).sum())
+            assert step.max() <= 1, path
+            np.testing.assert_allclose(a.scale.astype(np.float32), b.scale.astype(np.float32), rtol=2**-9)
+        else:
+            np.testing.assert_allclose(a.astype(np.float32), b.astype(np.float32), rtol=2**-7, err_msg=path)
+    return codes, moved
 
 
 _REPORT, _MANIFEST = "awq_jax_report.json", "awq_jax_manifest.json"
