@@ -137,6 +137,6 @@ def plan_layers(
 def _refuse_unused(globs: Iterable[str]) -> None:
     if unused := sorted(globs):
         raise ValueError(
-            f"override {unused[0]!r} matches no weight; weights are named like 'layers/0/attn/q'. "
-            "A glob may use '*', for example 'layers/*/mlp/down'."
+            f"override {unused[0]!r} matches no weight that one before it leaves; weights are named like "
+            "'layers/0/attn/q'. A glob may use '*', for example 'layers/*/mlp/down'."
         )

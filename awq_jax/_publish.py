@@ -64,7 +64,11 @@ def write_bytes(path: Path, content: bytes) -> str:
 
 
 def refuse_existing(out: Path, overwrite: bool) -> None:
-    """Refuse a name that is taken, unless by what awq-jax wrote and with leave to replace it."""
+    """Refuse a name that is taken, unless by what awq-jax wrote and with leave to replace it; or that can't be made."""
+    above = next(parent for parent in out.absolute().parents if os.path.lexists(parent))
+    if not above.is_dir():
+        said = "not a directory, so the output can't be made in it; choose another place"
+        raise NotADirectoryError(errno.ENOTDIR, said, str(above))
     if not os.path.lexists(out):
         return
     if not overwrite:

@@ -293,6 +293,9 @@ class Recipe:
     overrides: tuple[tuple[str, QuantSpec | None], ...] = ()
 
     def __post_init__(self) -> None:
+        globs = [glob for glob, _ in self.overrides]
+        if twice := [glob for glob in globs if globs.count(glob) > 1]:
+            raise ValueError(f"override {twice[0]!r} is given twice, and the first wins; leave one out.")
         if self.propagate not in ("dense", "quantized"):
             raise ValueError(f"Recipe.propagate is {self.propagate!r}; use 'dense' or 'quantized'.")
         if self.method == "minmax" and self.propagate != "dense":

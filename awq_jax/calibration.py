@@ -139,7 +139,8 @@ def read_calibration(path: pathlib.Path, encode: Encode | None, *, samples: int,
       FileNotFoundError: no such file.
     """
     if not path.is_file():
-        raise FileNotFoundError(f"no calibration file {path}.")
+        what = "a directory, not a text" if path.is_dir() else "not there"
+        raise FileNotFoundError(f"calibration file {path} is {what}; give UTF-8 text or JSON lines (--calib).")
     try:
         if path.suffix.lower() == ".jsonl":
             return from_documents(_jsonl_documents(path, encode), samples=samples, seq_len=seq_len, source=path.name)

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from awq_jax._plan import GroupPlan, LayerPlan
 from awq_jax._spec import Recipe
 from awq_jax.layer_step import quantize_and_measure
-from awq_jax.pipeline import MEASURED, open_planned, refuse_below_one
+from awq_jax.pipeline import MEASURED, open_planned, refuse_below_one, refuse_long
 from awq_jax_convert.hf import HFCheckpoint
 
 __all__ = ["DryRun", "LayerCost", "dry_run", "dry_run_directory", "layer_bytes"]
@@ -218,6 +218,9 @@ def dry_run_directory(
     """
     refuse_below_one(samples=samples, seq_len=seq_len, batch=batch)
     checkpoint, plans = open_planned(pathlib.Path(src), recipe, format, serve_tp)
+    refuse_long(seq_len, checkpoint.config.max_position_embeddings)
+    if samples * seq_len >= 2**31:
+        raise ValueError(f"{samples} samples of {seq_len} tokens are more than 2**31 tokens; take fewer (--samples).")
     return dry_run(checkpoint, plans, samples=samples, seq_len=seq_len, batch=batch, keep=keep)
 
 

@@ -37,7 +37,7 @@ from awq_jax_convert.scheme import Scheme
 from awq_jax_convert.sink import ModelWriter, refuse_overlap
 from awq_jax_convert.tokenizer import Tokenizer
 
-__all__ = ["open_planned", "plans_of", "quantize_checkpoint", "read_samples", "refuse_below_one"]
+__all__ = ["open_planned", "plans_of", "quantize_checkpoint", "read_samples", "refuse_below_one", "refuse_long"]
 
 MEASURED = 4096  # tokens that a finished layer is measured again on, against round to nearest
 
@@ -101,11 +101,11 @@ def plans_of(checkpoint: HFCheckpoint, recipe: Recipe) -> tuple[LayerPlan, ...]:
     return plan_layers(checkpoint.family, recipe, config.num_layers, widths, tie)
 
 
-def _refuse_long(calib: Samples, positions: int) -> None:
+def refuse_long(seq_len: int, positions: int) -> None:
     """Beyond its positions a model computes what it never does in use."""
-    if calib.tokens.shape[1] > positions:
+    if seq_len > positions:
         raise ValueError(
-            f"calibration samples of {calib.tokens.shape[1]} tokens are longer than the {positions} positions of the "
+            f"calibration samples of {seq_len} tokens are longer than the {positions} positions of the "
             f"model. Take at most {positions} (--seq-len)."
         )
 
@@ -265,7 +265,7 @@ def quantize_checkpoint(
             path = None if calib is None else pathlib.Path(calib)
             calib = read_samples(checkpoint, path, samples=samples, seq_len=seq_len)
         check_vocabulary(calib, checkpoint.config.vocab_size)
-        _refuse_long(calib, checkpoint.config.max_position_embeddings)
+        refuse_long(calib.tokens.shape[1], checkpoint.config.max_position_embeddings)
         layout.refuse_batch(min(batch, len(calib.tokens)))
     plain = dataclasses.asdict(recipe)
     with clock.phase("fingerprint"):

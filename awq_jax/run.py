@@ -152,7 +152,7 @@ def evaluate_checkpoint(
         if value < 1:
             raise ValueError(f"{name} is {value}; it must be at least 1 (--{name}).")
     if not Path(text).is_file():
-        raise FileNotFoundError(f"no text file {text}.")
+        raise FileNotFoundError(f"there is no text file {text} (--text).")
     words = _read_text(Path(text))
     model = load_model(path)
     if ctx > model.config.max_position_embeddings:

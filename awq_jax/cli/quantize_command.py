@@ -129,7 +129,7 @@ def _override(text: str, base: "QuantSpec") -> "tuple[str, QuantSpec | None]":
     changes: dict[str, Any] = {}
     for item in what.split(","):
         key, _, value = item.partition(":")
-        if key not in fields or not re.fullmatch("-?[0-9]{1,9}", value):
+        if key not in fields or fields[key] in changes or not re.fullmatch("-?[0-9]{1,9}", value):
             raise ValueError(
                 f"--override {text!r}: expected GLOB=float, GLOB=bits:N, GLOB=group:N or both with a comma."
             )

@@ -16,6 +16,7 @@ from awq_jax._manifest import MANIFEST, read_manifest
 from awq_jax._qtensor import QTensor
 from awq_jax._spec import QuantSpec
 from awq_jax._tree import leaves
+from awq_jax_convert.fit import refuse_unwritable
 from awq_jax_convert.formats import FORMATS, open_checkpoint, open_writer, refuse_misfit
 from awq_jax_convert.scheme import Scheme
 from awq_jax_convert.sink import narrowed, refuse_overlap
@@ -103,6 +104,10 @@ def _refuse(checkpoint: Checkpoint, to: str, schemes: Mapping[str, Scheme]) -> N
         )
     used = set(schemes.values())
     refuse_misfit(to, [QuantSpec(bits=s.bits, group_size=s.group_size, symmetric=s.symmetric) for s in used])
+    # Zeros of 8 everywhere are no other format: they are written where a neighbour needs them.
+    alike = {path: dataclasses.replace(scheme, symmetric=False) for path, scheme in schemes.items()}
+    linears = (path for path in checkpoint.paths() if path.startswith("layers/") and path.endswith("/kernel"))
+    refuse_unwritable(to, checkpoint, {path: alike.get(path) for path in linears})
 
 
 def _refuse_without_codes(layer: Mapping[str, Any], index: int, to: str, schemes: Mapping[str, Scheme]) -> None:

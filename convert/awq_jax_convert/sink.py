@@ -115,12 +115,14 @@ class ModelWriter(abc.ABC):
 
 
 def refuse_overlap(src: Path, out: Path) -> None:
-    """Refuse an output whose replacing would take the source away.
+    """Refuse an output whose replacing would take the source away, or whose writing would add to it.
 
     Raises:
-      ValueError: ``out`` is or holds ``src``.
+      ValueError: ``out`` is, holds or lies in ``src``.
     """
     source = src.resolve()
+    if source in out.resolve().parents:
+        raise ValueError(f"the output {out} lies in the source {src}, which is never changed; choose another name.")
     if out.resolve() in (source, *source.parents):
         raise ValueError(f"the output {out} is or holds the source {src}, which is never changed; choose another name.")
 

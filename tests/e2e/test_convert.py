@@ -96,6 +96,14 @@ def test_mixed_group_sizes_are_named_by_module(llama: Oracle, tmp_path: Path):
         convert(made, tmp_path / "out", "autoawq")
 
 
+def test_what_a_loader_would_have_to_fuse_is_refused_before_anything_is_written(llama: Oracle, tmp_path: Path):
+    made = rounded(llama.path, tmp_path / "native", "native", SPEC, ("attn/q", None))
+    for to in ("autoawq", "compressed-tensors"):
+        with pytest.raises(ValueError, match=r"vLLM.*layers/0/attn/k int4 g32, layers/0/attn/q in floating point"):
+            convert(made, tmp_path / "out", to)
+    assert [path.name for path in tmp_path.iterdir()] == ["native"]
+
+
 def test_dense_holds_what_the_codes_stand_for(autoawq: Path, tmp_path: Path):
     done = convert(autoawq, tmp_path / "out", "dense")
     assert (done.dtype, done.dequantized, done.quantized) == ("float32", 21, 0)

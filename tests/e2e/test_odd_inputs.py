@@ -58,6 +58,21 @@ def test_the_layout_of_the_hub_cache_is_read(llama: Oracle, tmp_path: Path):
     assert not (tmp_path / "out" / "tokenizer.json").is_symlink()
 
 
+@pytest.mark.parametrize("place", ["inside", "below-a-file"])
+@pytest.mark.parametrize("command", ["quantize", "convert"])
+def test_where_no_output_may_be_made(damaged: Path, tmp_path: Path, place: str, command: str, capsys):
+    (tmp_path / "file").write_text("")
+    out = {"inside": damaged / "int4", "below-a-file": tmp_path / "file" / "out"}[place]
+    before = set(tmp_path.rglob("*"))
+    if command == "convert":
+        code = main(["convert", str(damaged), str(out), "--to", "native", "--quiet"])
+    else:
+        code = quantize(damaged, out)
+    said = capsys.readouterr().err
+    assert code == 2 and set(tmp_path.rglob("*")) == before
+    assert {"inside": "lies in the source", "below-a-file": f"{tmp_path / 'file'}: not a directory"}[place] in said
+
+
 @pytest.mark.parametrize("place", ["same", "parent", "through-a-link"])
 def test_overwriting_never_takes_the_source_away(damaged: Path, tmp_path: Path, place: str, capsys):
     (tmp_path / "link").symlink_to(damaged)
@@ -84,6 +99,8 @@ def test_names_that_look_like_markup(llama: Oracle, tmp_path: Path, capsys: pyte
     ("options", "message"),
     [
         (["--seq-len", "129"], r"longer than the 128 positions"),
+        (["--seq-len", "129", "--dry-run"], r"longer than the 128 positions"),
+        (["--samples", "99999999999", "--dry-run"], r"--samples"),
         (["--override", "*=bits:²"], "expected GLOB=float"),
         (["--override", "*=bits:--3"], "expected GLOB=float"),
     ],

@@ -101,6 +101,9 @@ CASES: list[tuple[str, Callable[[Path], None], list[str], str]] = [
     ("bits", nothing, ["--bits", "3", "--format", "autoawq"], r"hold 4 bits, not 3.*native"),
     ("override", nothing, ["--override", "layers/9/*=float"], r"override 'layers/9/\*' matches no weight"),
     ("override-word", nothing, ["--override", "*=bitz:3"], r"expected GLOB=float, GLOB=bits:N"),
+    ("override-shadowed", nothing, ["--override", "*=float", "--override", "*/mlp/up=bits:3"], r"one before it leaves"),
+    ("override-twice", nothing, ["--override", "*/o=float", "--override", "*/o=bits:3"], r"'\*/o' is given twice"),
+    ("override-bits-twice", nothing, ["--override", "*=bits:4,bits:3"], r"expected GLOB=float"),
     (
         "q-alone",
         nothing,
