@@ -19,6 +19,7 @@ from awq_jax._spec import Recipe
 from awq_jax.layer_step import quantize_and_measure
 from awq_jax.pipeline import MEASURED, open_planned, refuse_below_one, refuse_long
 from awq_jax_convert.hf import HFCheckpoint
+from awq_jax_convert.hf_config import FamilyChoice
 
 __all__ = ["DryRun", "LayerCost", "dry_run", "dry_run_directory", "layer_bytes"]
 
@@ -209,6 +210,7 @@ def dry_run_directory(
     seq_len: int,
     batch: int,
     serve_tp: int = 1,
+    family: FamilyChoice = None,
     keep: bool = True,
 ) -> DryRun:
     """`dry_run` of a checkpoint directory; refuses what `quantize_checkpoint` would refuse for its shapes.
@@ -217,7 +219,7 @@ def dry_run_directory(
       FileNotFoundError, ValueError: bad input, named.
     """
     refuse_below_one(samples=samples, seq_len=seq_len, batch=batch)
-    checkpoint, plans = open_planned(pathlib.Path(src), recipe, format, serve_tp)
+    checkpoint, plans = open_planned(pathlib.Path(src), recipe, format, serve_tp, family)
     refuse_long(seq_len, checkpoint.config.max_position_embeddings)
     if samples * seq_len >= 2**31:
         raise ValueError(f"{samples} samples of {seq_len} tokens are more than 2**31 tokens; take fewer (--samples).")

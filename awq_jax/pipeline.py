@@ -30,9 +30,11 @@ from awq_jax.report import LayerReport, LinearReport, Report
 from awq_jax.resume import Session, fingerprint, resuming
 from awq_jax.sharding import Layout, refuse_straddling
 from awq_jax.stdlib_text import documentation
+from awq_jax_convert.family_check import refuse_false_groups
 from awq_jax_convert.fit import refuse_unwritable
 from awq_jax_convert.formats import open_writer, refuse_misfit
 from awq_jax_convert.hf import HFCheckpoint
+from awq_jax_convert.hf_config import FamilyChoice
 from awq_jax_convert.scheme import Scheme
 from awq_jax_convert.sink import ModelWriter, refuse_overlap
 from awq_jax_convert.tokenizer import Tokenizer
@@ -142,16 +144,19 @@ def _schemes(checkpoint: HFCheckpoint, plans: tuple[LayerPlan, ...]) -> dict[str
 
 
 def open_planned(
-    src: pathlib.Path, recipe: Recipe, format: str, serve_tp: int = 1
+    src: pathlib.Path, recipe: Recipe, format: str, serve_tp: int = 1, family: FamilyChoice = None
 ) -> tuple[HFCheckpoint, tuple[LayerPlan, ...]]:
     """A dense checkpoint and what a recipe does to its layers; headers are read, no tensor is.
 
     Raises:
       FileNotFoundError, ValueError: whatever is wrong with either, named.
     """
-    checkpoint = HFCheckpoint.open(src)
+    checkpoint = HFCheckpoint.open(src, family)
     _refuse_quantized(checkpoint)
     plans = plans_of(checkpoint, recipe)
+    if checkpoint.hf.table is not None:  # nobody has tested it
+        for config, plan in {checkpoint.config.of_layer(i): plan for i, plan in enumerate(plans)}.items():
+            refuse_false_groups(checkpoint.family.name, config, plan)
     refuse_misfit(format, _specs_of(plans))
     refuse_unwritable(format, checkpoint, _schemes(checkpoint, plans))
     sinks = {path for plan in plans for group in plan.groups for path, _, _ in group.quantized}
@@ -222,6 +227,7 @@ def quantize_checkpoint(
     resume: str = "auto",
     mesh: Mapping[str, int] | None = None,
     serve_tp: int = 1,
+    family: FamilyChoice = None,
     progress: Progress | None = None,
 ) -> Report:
     """Quantize a Hugging Face checkpoint directory.
@@ -245,6 +251,7 @@ def quantize_checkpoint(
         anew, "never" discards what is there and keeps nothing.
       mesh: devices to spread over, for example ``{"data": 2, "model": 4}``; see `awq_jax.sharding.Layout`.
       serve_tp: refuse groups that so many serving devices would cut in two.
+      family: a table, the name of one or its TOML file, instead of the one that serves config.json's architecture.
       progress: called with each `LayerReport` and the number of layers.
 
     Returns:
@@ -257,7 +264,7 @@ def quantize_checkpoint(
     refuse_below_one(samples=samples, seq_len=seq_len, batch=batch)
     layout = Layout(mesh)
     with clock.phase("open"):
-        checkpoint, plans = open_planned(pathlib.Path(src), recipe, format, serve_tp)
+        checkpoint, plans = open_planned(pathlib.Path(src), recipe, format, serve_tp, family)
         refuse_overlap(checkpoint.path, pathlib.Path(out))
         specs = _specs_of(plans)
     with clock.phase("calibration text"):
@@ -270,6 +277,7 @@ def quantize_checkpoint(
     plain = dataclasses.asdict(recipe)
     with clock.phase("fingerprint"):
         decided = {"recipe": plain, "format": format, "batch": batch}
+        decided |= {} if checkpoint.hf.table is None else {"table": checkpoint.hf.table}
         inputs = fingerprint(checkpoint.path, calib, decided, str(layout))
     expected = _expected_bytes(checkpoint, plans)
     kept = 0 if resume == "never" else expected + 3 * 4 * calib.tokens.size * checkpoint.config.hidden_size

@@ -18,6 +18,7 @@ from awq_jax.evaluate import Evaluation, cut_windows, evaluate
 from awq_jax.models import Decoder, DecoderConfig, generate
 from awq_jax.models.functional import forward
 from awq_jax_convert.formats import open_checkpoint
+from awq_jax_convert.hf_config import FamilyChoice
 from awq_jax_convert.source import Checkpoint
 from awq_jax_convert.tokenizer import Tokenizer
 
@@ -58,17 +59,18 @@ class LoadedModel:
         return Decoder.from_params(self.config, self.params)
 
 
-def load_model(path: PathLike, dtype: Any = jnp.float32) -> LoadedModel:
+def load_model(path: PathLike, dtype: Any = jnp.float32, family: FamilyChoice = None) -> LoadedModel:
     """Load a checkpoint directory, Hugging Face's or native, dense or quantized.
 
     Args:
       path: of the directory.
       dtype: of dense parameters, and therefore of activations; quantized weights stay packed.
+      family: a table, the name of one or its TOML file, instead of the one that serves config.json's architecture.
 
     Raises:
       FileNotFoundError, ValueError: the checkpoint is missing, damaged or not understood; each message names it.
     """
-    checkpoint = open_checkpoint(path)
+    checkpoint = open_checkpoint(path, family)
     return LoadedModel(checkpoint=checkpoint, params=jax.tree.map(jnp.asarray, checkpoint.params(dtype)))
 
 
@@ -130,6 +132,7 @@ def evaluate_checkpoint(
     tokens: int = 20_000,
     ctx: int = 192,
     batch: int = 8,
+    family: FamilyChoice = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Evaluation:
     """Perplexity of a checkpoint on a text and, with a base, KL divergence from it; float32 activations.
@@ -141,6 +144,7 @@ def evaluate_checkpoint(
       tokens: of the text to use, at most.
       ctx: tokens of a window; windows do not overlap and are seen on their own.
       batch: windows at a time.
+      family: of both checkpoints; see `load_model`.
       progress: called with (windows done, windows).
 
     Raises:
@@ -154,13 +158,13 @@ def evaluate_checkpoint(
     if not Path(text).is_file():
         raise FileNotFoundError(f"there is no text file {text} (--text).")
     words = _read_text(Path(text))
-    model = load_model(path)
+    model = load_model(path, family=family)
     if ctx > model.config.max_position_embeddings:
         raise ValueError(
             f"windows of {ctx} tokens were asked for, but {path} has {model.config.max_position_embeddings} positions. "
             f"Ask for at most that many (--ctx)."
         )
-    reference = None if base is None else load_model(base)
+    reference = None if base is None else load_model(base, family=family)
     # No tokenizer makes fewer than one token of sixteen characters of prose; encoding the rest would take seconds.
     ids = model.tokenizer.encode(words[: 16 * tokens])
     if reference is not None:

@@ -13,6 +13,8 @@ import json
 import pathlib
 import sys
 
+from awq_jax.cli.family_option import add_family
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
@@ -30,6 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=("float16", "bfloat16", "float32"),
         help="of all but codes and zeros, scales too (each its own; float32 for weights that become dense)",
     )
+    add_family(parser)
     add("--overwrite", action="store_true", help="replace OUT if it exists")
     add("--json", action="store_true", help="print what was done as JSON on stdout")
     add("--quiet", action="store_true", help="no progress and no summary")
@@ -52,6 +55,7 @@ def run(args: argparse.Namespace) -> int:
             args.out,
             to=args.to,
             dtype=args.dtype,
+            family=args.family,
             overwrite=args.overwrite,
             progress=lambda layers, total: bar.update(task, completed=layers, total=total),
         )

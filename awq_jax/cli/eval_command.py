@@ -14,6 +14,8 @@ import math
 import pathlib
 import sys
 
+from awq_jax.cli.family_option import add_family
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
@@ -26,6 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--batch", type=int, default=8, metavar="N", help="windows at a time (%(default)s)")
     add("--json", action="store_true", help="print the result as JSON on stdout")
     add("--quiet", action="store_true", help="no progress")
+    add_family(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -45,6 +48,7 @@ def run(args: argparse.Namespace) -> int:
             tokens=args.tokens,
             ctx=args.ctx,
             batch=args.batch,
+            family=args.family,
             progress=lambda done, total: bar.update(task, completed=done, total=total),
         )
     if args.json:

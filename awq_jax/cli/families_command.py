@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """List the model families: what each group of weights folds its scale into, and what keeps none and why.
 
-A family is a table in awq_jax/families; docs/families.md tells how to write one.
+A family is a table; docs/families.md tells how to write one of your own, and this lists it as well.
 
   awq-jax families
-  awq-jax families gpt2 --json
+  awq-jax families gpt2 my_table.toml --json
 """
 
 import argparse
@@ -17,7 +17,8 @@ if TYPE_CHECKING:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
-    parser.add_argument("names", nargs="*", metavar="NAME", help="families to list (default: all)")
+    what = "families to list, or .toml files of your own (default: all families)"
+    parser.add_argument("names", nargs="*", metavar="NAME|FILE", help=what)
     parser.add_argument("--json", action="store_true", help="print as JSON")
 
 
@@ -34,6 +35,16 @@ def _group(group: "Group") -> dict[str, Any]:
         "per_expert": group.per_expert,
         "reason": group.reason,
     }
+
+
+def _named(name: str) -> "Family":
+    from awq_jax.families import FAMILIES
+
+    if name in FAMILIES:
+        return FAMILIES[name]
+    from awq_jax_convert.family_file import open_table  # imports jax, which a list of names does without
+
+    return open_table(name).family
 
 
 def _plain(family: "Family") -> dict[str, Any]:
@@ -58,9 +69,7 @@ def run(args: argparse.Namespace) -> int:
     """List."""
     from awq_jax.families import FAMILIES
 
-    if unknown := [name for name in args.names if name not in FAMILIES]:
-        raise ValueError(f"no family is called {unknown[0]!r}; these are: {', '.join(FAMILIES)}.")
-    found = [_plain(FAMILIES[name]) for name in args.names or FAMILIES]
+    found = [_plain(_named(name)) for name in args.names or FAMILIES]
     if args.json:
         print(json.dumps(found))
         return 0

@@ -10,19 +10,22 @@ import argparse
 import json
 import pathlib
 
+from awq_jax.cli.family_option import add_family
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
     parser.add_argument("dir", type=pathlib.Path, metavar="DIR", help="dense or quantized checkpoint")
     parser.add_argument("--all", action="store_true", help="every layer, also where all are alike")
     parser.add_argument("--json", action="store_true", help="print as JSON")
+    add_family(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     """Inspect."""
     from awq_jax_convert.describe import describe
 
-    found = describe(args.dir)
+    found = describe(args.dir, args.family)
     if args.json:
         print(json.dumps({"dir": str(args.dir), **found.to_dict()}))
         return 0

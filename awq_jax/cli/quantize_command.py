@@ -18,6 +18,8 @@ import sys
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
+from awq_jax.cli.family_option import add_family
+
 if TYPE_CHECKING:
     from awq_jax._spec import QuantSpec, Recipe
     from awq_jax.report import LayerReport, Report
@@ -103,6 +105,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="auto",
         help="auto: autoawq for 4 bits, else native",
     )
+    add_family(parser)
     add("--overwrite", action="store_true", help="replace OUT if it exists")
     add(
         "--resume",
@@ -143,7 +146,7 @@ def _scale_dtype(args: argparse.Namespace, fmt: str) -> str:
 
     if args.scale_dtype or fmt != "compressed-tensors":
         return args.scale_dtype or "float16"
-    return read_config(args.src).dtype
+    return read_config(args.src, args.family).dtype
 
 
 def _recipe(args: argparse.Namespace, fmt: str) -> "Recipe":
@@ -230,6 +233,7 @@ def run(args: argparse.Namespace) -> int:
         from awq_jax.dry_run import dry_run_directory
 
         options = {"samples": args.samples, "seq_len": args.seq_len, "batch": args.batch, "serve_tp": args.serve_tp}
+        options |= {"family": args.family}
         kept = args.resume != "never"
         found = dry_run_directory(args.src, recipe=recipe, format=fmt, keep=kept, **options)
         show(found, about, as_json=args.json)
@@ -274,6 +278,7 @@ def run(args: argparse.Namespace) -> int:
             resume=args.resume,
             mesh=parse_mesh(args.mesh) if args.mesh else None,
             serve_tp=args.serve_tp,
+            family=args.family,
             progress=advance,
         )
     if not args.quiet:

@@ -70,9 +70,10 @@ def by_architecture(architecture: str, hf: Mapping[str, Any] | None = None) -> F
     if not serving:
         known = ", ".join(dict.fromkeys(name for family in FAMILIES.values() for name in family.architectures))
         raise ValueError(
-            f"architecture {architecture!r} is not supported; these are: {known}. A decoder-only model of the same "
-            "mechanisms needs a table in awq_jax/families, about twenty lines: docs/families.md tells how to write it, "
-            "and `awq-jax families` lists the tables there are."
+            f"architecture {architecture!r} is not supported; these are: {known}. If it is one of them under another "
+            "name, say which family: --family llama. A decoder-only model of the same mechanisms with other names "
+            "needs a table, a TOML file of about twenty lines: --family my_table.toml. docs/families.md tells how to "
+            "write it, and `awq-jax families` lists the tables there are."
         )
     for family in serving:
         said = {**dict(family.defaults), **(hf or {})}

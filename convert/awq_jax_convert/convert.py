@@ -18,6 +18,7 @@ from awq_jax._spec import QuantSpec
 from awq_jax._tree import leaves
 from awq_jax_convert.fit import refuse_unwritable
 from awq_jax_convert.formats import FORMATS, open_checkpoint, open_writer, refuse_misfit
+from awq_jax_convert.hf_config import FamilyChoice
 from awq_jax_convert.scheme import Scheme
 from awq_jax_convert.sink import narrowed, refuse_overlap
 from awq_jax_convert.source import Checkpoint
@@ -158,6 +159,7 @@ def convert_checkpoint(
     *,
     to: str,
     dtype: str | None = None,
+    family: FamilyChoice = None,
     overwrite: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> Conversion:
@@ -169,6 +171,7 @@ def convert_checkpoint(
       to: one of `TARGETS`.
       dtype: of everything but codes and zeros, scales too; None keeps each as it is, and takes float32, which holds
         every code times its scale, for weights that are written dense.
+      family: a table, the name of one or its TOML file, instead of the one that serves config.json's architecture.
       overwrite: replace ``out`` if awq-jax wrote it.
       progress: called with the number of layers done and of all.
 
@@ -179,7 +182,7 @@ def convert_checkpoint(
       FileNotFoundError, FileExistsError, ValueError: bad input, or what the target can't hold; named.
     """
     begun = time.perf_counter()
-    checkpoint = open_checkpoint(src)
+    checkpoint = open_checkpoint(src, family)
     refuse_overlap(checkpoint.path, Path(out))
     schemes = _schemes(checkpoint)
     _refuse(checkpoint, to, schemes)

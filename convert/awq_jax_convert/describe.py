@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from awq_jax_convert.formats import open_checkpoint
+from awq_jax_convert.hf_config import FamilyChoice
 
 __all__ = ["Description", "Row", "describe"]
 
@@ -71,13 +72,13 @@ def _in_order(path: str) -> tuple[Any, ...]:
     return (0 if path.startswith("embed/") else 2, 0, path)
 
 
-def describe(path: str | os.PathLike[str]) -> Description:
-    """Open a checkpoint directory and list it.
+def describe(path: str | os.PathLike[str], family: FamilyChoice = None) -> Description:
+    """Open a checkpoint directory and list it; ``family`` as for `open_checkpoint`.
 
     Raises:
       FileNotFoundError, ValueError: as `open_checkpoint`.
     """
-    found = open_checkpoint(path)
+    found = open_checkpoint(path, family)
     rows = (
         Row(path=name, shape=found.shape(name), form=found.stored_form(name), nbytes=found.stored_nbytes(name))
         for name in sorted(found.paths(), key=_in_order)

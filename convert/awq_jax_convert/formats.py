@@ -11,6 +11,7 @@ from awq_jax._spec import QuantSpec
 from awq_jax_convert.autoawq import AutoAWQ
 from awq_jax_convert.compressed_tensors import CompressedTensors
 from awq_jax_convert.hf import HFCheckpoint
+from awq_jax_convert.hf_config import FamilyChoice
 from awq_jax_convert.hf_writer import HFWriter
 from awq_jax_convert.native import NativeCheckpoint, is_native
 from awq_jax_convert.native_writer import NativeWriter
@@ -22,14 +23,18 @@ __all__ = ["FORMATS", "open_checkpoint", "open_writer", "refuse_misfit"]
 FORMATS = ("autoawq", "compressed-tensors", "native")
 
 
-def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
+def open_checkpoint(path: str | os.PathLike[str], family: FamilyChoice = None) -> Checkpoint:
     """Open a checkpoint directory of any kind that is read here.
+
+    Args:
+      path: of the directory.
+      family: a table, the name of one or its TOML file, instead of the one that serves config.json's architecture.
 
     Raises:
       FileNotFoundError: no such directory, or a file of it is missing.
       ValueError: anything in it that is not understood; each message names it.
     """
-    return NativeCheckpoint.open(path) if is_native(path) else HFCheckpoint.open(path)
+    return (NativeCheckpoint if is_native(path) else HFCheckpoint).open(path, family)
 
 
 def _refuse_for_autoawq(specs: Collection[QuantSpec]) -> None:

@@ -12,11 +12,10 @@ import numpy as np
 
 from awq_jax._qtensor import QTensor
 from awq_jax._tie import Tie
-from awq_jax.families import Family
 from awq_jax_convert.codecs import codec_of
 from awq_jax_convert.factors import FACTORS, apply, producers
 from awq_jax_convert.fused import columns, split
-from awq_jax_convert.hf_config import HFConfig, read_config
+from awq_jax_convert.hf_config import FamilyChoice, HFConfig, read_config
 from awq_jax_convert.keymap import Place, resolve, theirs
 from awq_jax_convert.safetensors_dir import SafetensorsDir
 from awq_jax_convert.safetensors_header import DTYPES, FLOATS
@@ -68,16 +67,16 @@ class HFCheckpoint(Checkpoint):
         self._shapes = {path: self._shape(path) for path in self._sources}
         self._with_factors = [path for path, found in self._sources.items() if any(FACTORS in s.parts for s in found)]
         self._widened = self._take_factors()
-        self._refuse_shapes(self._misfits())
         self._refuse_differences()
+        self._refuse_shapes(self._misfits())
 
     @classmethod
-    def open(cls, path: str | os.PathLike[str], family: Family | None = None) -> "HFCheckpoint":
+    def open(cls, path: str | os.PathLike[str], family: FamilyChoice = None) -> "HFCheckpoint":
         """Open a local directory; reads headers and config, no tensor.
 
         Args:
           path: holds ``config.json`` and safetensors files.
-          family: instead of the one that serves config.json's architecture.
+          family: a table, the name of one or its TOML file, instead of the one that serves config.json's architecture.
 
         Raises:
           FileNotFoundError: no such directory, or a file of it is missing.

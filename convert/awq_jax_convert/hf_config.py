@@ -2,15 +2,20 @@
 """config.json: what we take from it, and what we never pass on."""
 
 import dataclasses
+import os
 from pathlib import Path
 from typing import Any
 
 from awq_jax._files import read_json
 from awq_jax.families import Family, by_architecture
 from awq_jax.models import DecoderConfig, config_from_hf
+from awq_jax_convert.family_file import Table, open_table, table_beside
 from awq_jax_convert.pickles import refuse_pickle
 
-__all__ = ["CONFIG", "HFConfig", "public_config", "read_config"]
+__all__ = ["CONFIG", "FamilyChoice", "HFConfig", "public_config", "read_config"]
+
+FamilyChoice = Family | str | os.PathLike[str] | None
+"""A table, the name of one or its TOML file; None is the one beside config.json, or that of the architecture."""
 
 CONFIG = "config.json"
 
@@ -24,12 +29,14 @@ class HFConfig:
       quantization: its ``quantization_config``, or what an older file beside it says; None for a dense checkpoint.
       family: the table that maps the checkpoint's names.
       decoder: the config of our decoder.
+      table: the text of the user's table, if the family is none of ours.
     """
 
     raw: dict[str, Any]
     quantization: Any
     family: Family
     decoder: DecoderConfig
+    table: str | None = None
 
     @property
     def dtype(self) -> str:
@@ -68,7 +75,7 @@ def _beside(directory: Path) -> dict[str, Any] | None:
     return None
 
 
-def read_config(directory: Path, family: Family | None = None) -> HFConfig:
+def read_config(directory: Path, family: FamilyChoice = None) -> HFConfig:
     """Read and understand ``config.json``.
 
     Args:
@@ -77,7 +84,8 @@ def read_config(directory: Path, family: Family | None = None) -> HFConfig:
 
     Raises:
       FileNotFoundError: no such directory or file.
-      ValueError: not JSON, an unknown architecture, or an attribute that is not understood.
+      ValueError: not JSON, an unknown architecture, a table that is not understood or is for another architecture, or
+        an attribute that is not understood.
     """
     refuse_pickle(directory)
     if not directory.is_dir():
@@ -86,9 +94,21 @@ def read_config(directory: Path, family: Family | None = None) -> HFConfig:
     quantization = raw.pop("quantization_config", None)
     if not quantization or (isinstance(quantization, dict) and quantization.get("quant_method") == "modelopt"):
         quantization = _beside(directory) or quantization
+    table = _table(directory, raw, family)
+    return HFConfig(raw, quantization, table.family, config_from_hf(table.family, raw), table.text)
+
+
+def _table(directory: Path, raw: dict[str, Any], given: FamilyChoice) -> Table:
     named = raw.get("architectures")
-    if family is None:
+    table = table_beside(directory) if given is None else open_table(given)
+    if table is None:
         if not isinstance(named, list) or len(named) != 1 or not isinstance(named[0], str):
             raise ValueError(f"{directory / CONFIG} must name one architecture; 'architectures' is {named!r}.")
-        family = by_architecture(named[0], raw)
-    return HFConfig(raw, quantization, family, config_from_hf(family, raw))
+        return Table(by_architecture(named[0], raw), None)
+    wanted = table.family.architectures
+    if table.text is not None and wanted and (not isinstance(named, list) or not set(map(str, named)) & set(wanted)):
+        raise ValueError(
+            f"family {table.family.name!r} is for {', '.join(wanted)}; {directory / CONFIG} names {named!r}. Leave "
+            "`architectures` out of the table if it fits all the same."
+        )
+    return table

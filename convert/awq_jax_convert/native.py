@@ -15,7 +15,7 @@ import numpy as np
 from awq_jax._manifest import MANIFEST, read_manifest, verify
 from awq_jax._tree import leaves
 from awq_jax.checkpoint import read_part
-from awq_jax_convert.hf_config import HFConfig, read_config
+from awq_jax_convert.hf_config import FamilyChoice, HFConfig, read_config
 from awq_jax_convert.safetensors_header import DTYPES
 from awq_jax_convert.scheme import Scheme
 from awq_jax_convert.shapes import expected_shape, implied_paths
@@ -68,7 +68,7 @@ class NativeCheckpoint(Checkpoint):
     format = FORMAT
 
     def __init__(self, path: Path, hf: HFConfig, manifest: Mapping[str, Any]) -> None:
-        self.path, self.hf, self.recipe = path, hf, manifest["recipe"]
+        self.path, self.hf, self.recipe = path, hf, manifest.get("recipe")
         self._parts = manifest["parts"]
         wanted = {STEM, *(part_name(i) for i in range(min(self.num_layers, len(self._parts) + 1)))}
         if set(self._parts) != wanted:
@@ -85,8 +85,8 @@ class NativeCheckpoint(Checkpoint):
         self.nbytes = sum(int(part["nbytes"]) for part in self._parts.values())
 
     @classmethod
-    def open(cls, path: str | os.PathLike[str]) -> "NativeCheckpoint":
-        """Open a local directory.
+    def open(cls, path: str | os.PathLike[str], family: FamilyChoice = None) -> "NativeCheckpoint":
+        """Open a local directory; ``family`` as for `awq_jax_convert.hf.HFCheckpoint.open`.
 
         Raises:
           FileNotFoundError: no such directory, or a file of it is missing.
@@ -96,7 +96,7 @@ class NativeCheckpoint(Checkpoint):
         manifest = read_manifest(directory)
         if manifest.get("format") != FORMAT or not isinstance(manifest.get("parts"), dict):
             raise ValueError(f"{directory} is not a native checkpoint; its manifest says {manifest.get('format')!r}.")
-        return cls(directory, read_config(directory), manifest)
+        return cls(directory, read_config(directory, family), manifest)
 
     def _part(self, name: str, prefix: str, dtype: Any) -> dict[str, Any]:
         verify(self.path, name)  # orbax returns wrong values for some damage to its data files

@@ -5,7 +5,7 @@ import dataclasses
 
 from awq_jax.models import DecoderConfig, param_shapes
 
-__all__ = ["expected_shape", "implied_paths"]
+__all__ = ["KNOWN_LINEARS", "KNOWN_NORMS", "KNOWN_TENSORS", "expected_shape", "implied_paths"]
 
 
 def implied_paths(config: DecoderConfig) -> set[str]:
@@ -76,3 +76,15 @@ def _norms(config: DecoderConfig) -> dict[str, int]:
         "attn/q_norm": head if alone else config.num_heads * head,
         "attn/k_norm": head if alone else config.num_kv_heads * head,
     }
+
+
+_SOME = DecoderConfig(
+    vocab_size=2, hidden_size=2, intermediate_size=2, num_layers=1, num_heads=1, num_kv_heads=1, head_dim=2
+)
+_MIXED = dataclasses.replace(_SOME, num_experts=1, experts_per_token=1, expert_size=2, shared_expert_size=2)
+KNOWN_LINEARS = frozenset({*_linears(_SOME), *_linears(_MIXED)} - {"lm_head"})
+"""Every linear that a layer may have, relative to it."""
+KNOWN_NORMS = frozenset(_norms(_SOME))
+"""Every norm that there may be, those of a layer relative to it."""
+KNOWN_TENSORS = frozenset({"embed/embedding", "embed/positions"})
+"""What there may be beside them."""

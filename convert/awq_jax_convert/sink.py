@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from awq_jax._files import resolve_inside
+from awq_jax_convert.family_file import FAMILY_FILE
 from awq_jax_convert.hf_config import CONFIG
 from awq_jax_convert.source import Checkpoint
 
@@ -100,7 +101,12 @@ class ModelWriter(abc.ABC):
         return {**raw, **dict.fromkeys(named, str(self.dtype))}
 
     def _copy_beside(self) -> None:
-        """Copy the source's tokenizer and generation settings, byte for byte: tokenizer.model is not text."""
+        """Copy the source's tokenizer and generation settings, byte for byte: tokenizer.model is not text.
+
+        A user's table goes with what was made by it.
+        """
+        if self.source.hf.table is not None:
+            self.write_text(FAMILY_FILE, self.source.hf.table)
         for name in BESIDE:
             if (self.source.path / name).is_file():
                 self.copy_file(name)

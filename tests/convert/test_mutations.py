@@ -16,6 +16,7 @@ import pytest
 
 from awq_jax import QTensor
 from awq_jax._tree import leaves, put
+from awq_jax_convert.family_file import FAMILY_FILE
 from awq_jax_convert.formats import open_checkpoint, open_writer
 from awq_jax_convert.hf import HFCheckpoint
 from tests.convert.foreign import save_gptq, save_modelopt
@@ -23,7 +24,18 @@ from tests.models.families import TINY
 from tests.tiny_models import save_oracle
 
 WRITTEN = ("autoawq", "compressed-tensors", "native")
-FORMATS = ("dense", "autoawq", "compressed-tensors", "gptq", "modelopt", "native")
+FORMATS = ("dense", "own table", "autoawq", "compressed-tensors", "gptq", "modelopt", "native")
+TABLE = """
+base = "llama"
+name = "mine"
+architectures = ["LlamaForCausalLM"]
+linears = [{ theirs = "model.layers.*.mlp.up_proj", ours = "layers/*/mlp/up" }]
+config = { hidden_size = "hidden_size" }
+options = { gated = true }
+[[groups]]
+linear = "layers/*/mlp/up"
+sinks = ["layers/*/mlp/down"]
+"""
 SECONDS = 5.0  # far above the hundredth of a second that opening takes
 BYTES = 256 << 20  # far above the 200 kB of the files
 
@@ -48,6 +60,8 @@ def originals(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """One tiny model in every format, the dense one in several shards."""
     home = tmp_path_factory.mktemp("originals")
     oracle = save_oracle(TINY[0], home / "whole")
+    shutil.copytree(oracle.path, home / "own table")
+    (home / "own table" / FAMILY_FILE).write_text(TABLE)
     save_gptq(oracle.path, home / "gptq")
     save_modelopt(oracle.path, home / "modelopt", lambda _, k: np.linspace(1, 2, k, dtype=np.float32))
     save_oracle(TINY[0], home / "dense", max_shard_size="20KB")
@@ -124,7 +138,7 @@ def mutate_header(rng: np.random.Generator, raw: bytes) -> bytes:
 def mutate(rng: np.random.Generator, directory: Path) -> None:
     """Change one file of a directory."""
     files = sorted(path for path in directory.rglob("*") if path.is_file())
-    likely = [path for path in files if path.suffix in (".safetensors", ".json")]
+    likely = [path for path in files if path.suffix in (".safetensors", ".json", ".toml")]
     chosen = (likely if rng.integers(8) else files)[rng.integers(len(likely))]
     raw = chosen.read_bytes()
     what = rng.integers(8)
@@ -191,7 +205,11 @@ def test_a_few_hundred_mutations(originals, tmp_path, opened):
 
 @pytest.mark.slow
 def test_ten_thousand_mutations(originals, tmp_path, opened):
-    survive(originals, tmp_path, opened, range(1000, 10_000), FORMATS[:-1])
+    survive(originals, tmp_path, opened, range(1000, 11_000), FORMATS[:-1])
+
+
+@pytest.mark.slow
+def test_a_thousand_mutations_of_a_native_directory(originals, tmp_path, opened):
     survive(originals, tmp_path, opened, range(20_000, 21_000), FORMATS[-1:])
 
 

@@ -145,6 +145,7 @@ def test_a_config_of_another_model_is_refused(copied):
         ({"format": "other"}, "is not a native checkpoint; its manifest says 'other'"),
         ({"parts": None}, "is not a native checkpoint"),
         ({"parts": {}}, "config.json implies 2"),
+        ({"recipe": None, "parts": {"stem": 1, "layer-00000": 1, "layer-00001": 1}}, "does not describe its parts"),
         ({"format_version": 99}, "format_version 99"),
     ],
 )
