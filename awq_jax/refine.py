@@ -3,9 +3,9 @@
 
 A weight ``(q - z) * s`` becomes ``(round(u) - z) * s * exp(r)``: u starts inside the interval that rounds to its code,
 as near as it can to where the float weight lies, so that the start is the layer as it was, bit for bit, and weights
-near the middle between two codes turn first. Rounding passes gradients straight through (Bengio et al. 2013); each u
-stays within half a code of its start, as in AdaRound (Nagel et al. 2020) and SignRound (Cheng et al. 2023), and r moves
-the range that the codes span, which is what clipping does.
+near the middle between two codes turn first. Rounding passes gradients straight through (Bengio et al. 2013). What is
+learned of u is the rounding offset of SignRound (Cheng et al. 2023); r moves the range that the codes span, which is
+what clipping does.
 """
 
 from collections.abc import Callable, Mapping
@@ -61,11 +61,10 @@ def _straight_through(x: Array, y: Array) -> Array:
     return x + jax.lax.stop_gradient(y - x)
 
 
-def _codes(latent: Mapping[str, Array], start: Mapping[str, Array], weight: QTensor) -> Array:
-    """Codes as float32; the gradient ends where a code would leave its range or its neighbourhood."""
+def _codes(latent: Mapping[str, Array], weight: QTensor) -> Array:
+    """Codes as float32; the gradient ends where a code would leave its range."""
     low, high = code_range(_spec_of(weight))
-    place = jnp.clip(latent["code"], start["code"] - 0.5, start["code"] + 0.5)
-    return jnp.clip(_straight_through(place, jnp.round(place)), low, high)
+    return jnp.clip(_straight_through(latent["code"], jnp.round(latent["code"])), low, high)
 
 
 def _scale(latent: Mapping[str, Array], weight: QTensor) -> Array:
@@ -76,15 +75,15 @@ def _scale(latent: Mapping[str, Array], weight: QTensor) -> Array:
     return jnp.clip(moved, smallest, float(jnp.finfo(dtype).max)).astype(dtype)
 
 
-def _value(latent: Mapping[str, Array], start: Mapping[str, Array], weight: QTensor) -> Array:
+def _value(latent: Mapping[str, Array], weight: QTensor) -> Array:
     """The dense weight that a latent stands for."""
     smooth = weight.scale.astype(jnp.float32) * jnp.exp(latent["log_scale"])
     scale = _straight_through(smooth, _scale(latent, weight).astype(jnp.float32))
-    return (_codes(latent, start, weight) - _rows(_zero(weight), weight)) * _rows(scale, weight)
+    return (_codes(latent, weight) - _rows(_zero(weight), weight)) * _rows(scale, weight)
 
 
-def _packed(latent: Mapping[str, Array], start: Mapping[str, Array], weight: QTensor) -> QTensor:
-    codes = jnp.round(_codes(latent, start, weight)).astype(jnp.uint8)
+def _packed(latent: Mapping[str, Array], weight: QTensor) -> QTensor:
+    codes = jnp.round(_codes(latent, weight)).astype(jnp.uint8)
     return packed_on(codes, Grid(_scale(latent, weight), _zero(weight)), _spec_of(weight))
 
 
@@ -134,7 +133,7 @@ def refine(
     def placed(latents: Latents, build: Callable[..., Any]) -> Params:
         out = params
         for path, weight in weights.items():
-            out = put(out, path, build(latents[path], start[path], weight))
+            out = put(out, path, build(latents[path], weight))
         return out
 
     judged = jax.tree.map(lambda leaf: leaf[:held], batches)
@@ -152,7 +151,7 @@ def refine(
     begun = judge(params)
     unit = jnp.where(begun > 0, begun, 1.0)  # Adam's epsilon is absolute
     loss = lambda latents, batch: error(placed(latents, _value), batch) / unit
-    rates = optax.warmup_cosine_decay_schedule(0.0, how.rate, max(1, how.steps // 10), how.steps)
+    rates = optax.warmup_cosine_decay_schedule(0.0, how.rate, how.steps // 10, how.steps)
     scale_rates = lambda count: _SCALE_RATE * rates(count)
     optimizer = optax.multi_transform(
         {"code": optax.adam(rates), "log_scale": optax.adam(scale_rates)},

@@ -69,7 +69,7 @@ def test_training_begins_with_the_very_codes_and_scales(rng, symmetric):
     weight = quantize(jnp.asarray(moved), spec)
     wanted[1, 1] = np.nan
     start = _start(weight, jnp.asarray(wanted))
-    jax.tree.map(np.testing.assert_array_equal, _packed(start, start, weight), weight)
+    jax.tree.map(np.testing.assert_array_equal, _packed(start, weight), weight)
 
 
 def test_it_never_ends_worse_even_where_training_diverges():
@@ -113,7 +113,7 @@ def test_samples_that_are_held_back_are_never_drawn():
     assert sorted(few.tolist()) == [6, 7]
 
 
-@pytest.mark.parametrize("name", ["steps", "rate", "samples"])
-def test_numbers_out_of_range_are_refused(name):
-    with pytest.raises(ValueError, match=f"RefineSpec.{name} is 0"):
-        RefineSpec(**{name: 0})
+@pytest.mark.parametrize(("name", "value"), [("steps", 0), ("rate", 0.0), ("samples", 0)])
+def test_numbers_out_of_range_are_refused(name, value):
+    with pytest.raises(ValueError, match=f"RefineSpec.{name} is {value}"):
+        RefineSpec(**{name: value})
