@@ -62,6 +62,14 @@ class Attention(nnx.Module):
 
     def _heads(self, x: Float[Array, "b t d"], positions: Int[Array, "b t"]) -> tuple[Array, Array, Array]:
         """q, k and v as ``[b, t, heads, head_dim]``, normed and turned as the config says."""
+        q, k, v = self.projected(x)
+        if self.config.positions == "rotary":
+            by = turns(self.config, positions)
+            q, k = rotate(q, by), rotate(k, by)
+        return q, k, v
+
+    def projected(self, x: Float[Array, "b t d"]) -> tuple[Array, Array, Array]:
+        """q, k and v as ``[b, t, heads, head_dim]``, normed as the config says."""
         c = self.config
         q, k, v = (part(x) for part in (self.q, self.k, self.v))
         split = lambda y: y.reshape(*x.shape[:2], -1, c.head_dim)
@@ -70,11 +78,7 @@ class Attention(nnx.Module):
                 q, k = self.q_norm(split(q)), self.k_norm(split(k))
             else:
                 q, k = self.q_norm(q), self.k_norm(k)
-        q, k, v = split(q), split(k), split(v)
-        if c.positions == "rotary":
-            by = turns(c, positions)
-            q, k = rotate(q, by), rotate(k, by)
-        return q, k, v
+        return split(q), split(k), split(v)
 
 
 def attend(

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The cache of a server: one buffer for each layer that is updated in place, in floating point or in int8."""
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -10,54 +11,67 @@ from jaxtyping import Array, Float, Int
 from awq_jax._pytree import pytree, static
 from awq_jax.models import DecoderConfig, KVCache
 from awq_jax.models.cache import LayerCache
+from awq_jax_kernels.decode_attention.reference import codes_of
 
-__all__ = ["Held", "SlotCache", "insert"]
+__all__ = ["Held", "HeldLayer", "SlotCache", "insert"]
 
 
 @pytree
 class Held:
-    """Keys or values of one layer, ``[b, kv_heads, max_len, head_dim]``; slot i holds position i.
+    """Keys or values of one layer, ``[b, max_len * heads, head_dim]``; row ``i heads + j`` is head j of position i.
 
     Attributes:
       data: floating, or int8 codes.
-      scale: float32 ``[b, kv_heads, max_len, 1]`` of int8 codes, max|x| / 127 of each head and position; else None.
-      span: slots that are read. A decode step of short sequences does not pay for the rest.
+      scale: float32 ``[b, 1, max_len * heads]`` of int8 codes, max|x| / 127 of each head and position; else None.
+      positions: that it has room for. The rows tell how many heads a share of a mesh has of each.
+      span: positions that are read. A decode step of short sequences does not pay for the rest.
     """
 
     data: Any
     scale: Any = None
+    positions: int = static(default=1)
     span: int = static(default=0)
+
+    @property
+    def heads(self) -> int:
+        """kv heads."""
+        return self.data.shape[1] // self.positions
 
     def written(self, new: Float[Array, "b t h d"], positions: Int[Array, "b t"]) -> "Held":
         """With new positions; those past the end are dropped."""
-        row = jnp.arange(new.shape[0])[:, None]
-        put = lambda held, x: held.at[row, :, positions].set(x.astype(held.dtype), mode="drop")
+        row = jnp.arange(new.shape[0])[:, None, None]
+        at = positions[..., None] * self.heads + jnp.arange(self.heads)
         if self.scale is None:
-            return Held(data=put(self.data, new), span=self.span)
-        codes, scale = _quantized(new)
-        return Held(data=put(self.data, codes), scale=put(self.scale, scale), span=self.span)
+            return dataclasses.replace(self, data=self.data.at[row, at].set(new.astype(self.data.dtype), mode="drop"))
+        codes, scale = codes_of(new)
+        data = self.data.at[row, at].set(codes, mode="drop")
+        return dataclasses.replace(self, data=data, scale=self.scale.at[row, 0, at].set(scale[..., 0], mode="drop"))
 
     def astype(self, dtype: Any) -> Float[Array, "b s h d"]:
         """What attention reads, ``[b, span, kv_heads, head_dim]``."""
-        take = lambda held: jnp.swapaxes(held[:, :, : self.span], 1, 2)
-        if self.scale is None:
-            return take(self.data).astype(dtype)
-        return (take(self.data).astype(jnp.float32) * take(self.scale)).astype(dtype)
-
-
-def _quantized(x: Array) -> tuple[Array, Array]:
-    wide = x.astype(jnp.float32)
-    scale = jnp.maximum(jnp.max(jnp.abs(wide), axis=-1, keepdims=True), 1e-30) / 127
-    return jnp.round(wide / scale).astype(jnp.int8), scale
+        rows = self.span * self.heads
+        read = self.data[:, :rows]
+        if self.scale is not None:
+            read = read.astype(jnp.float32) * self.scale[:, 0, :rows, None]
+        return read.astype(dtype).reshape(read.shape[0], self.span, self.heads, -1)
 
 
 @pytree
-class _Layer(LayerCache):
+class HeldLayer(LayerCache):
     """A layer whose ``k`` and ``v`` are `Held`."""
 
-    def write(self, k: Array, v: Array, positions: Array) -> "_Layer":
+    def parts(self) -> tuple[Any, Any, Any, Any]:
+        """What `awq_jax_kernels.decode_attention` calls a cache."""
+        return self.k.data, self.v.data, self.k.scale, self.v.scale
+
+    def of_parts(self, k: Any, v: Any, k_scale: Any, v_scale: Any) -> "HeldLayer":
+        """The same with other arrays."""
+        put = dataclasses.replace
+        return HeldLayer(k=put(self.k, data=k, scale=k_scale), v=put(self.v, data=v, scale=v_scale))
+
+    def write(self, k: Array, v: Array, positions: Array) -> "HeldLayer":
         """Put new keys and values at their positions."""
-        return _Layer(k=self.k.written(k, positions), v=self.v.written(v, positions))
+        return HeldLayer(k=self.k.written(k, positions), v=self.v.written(v, positions))
 
 
 @pytree
@@ -67,9 +81,10 @@ class SlotCache(KVCache):
     @classmethod
     def empty(cls, config: DecoderConfig, batch: int, max_len: int, dtype: Any = jnp.float32) -> "SlotCache":
         """A cache of zeros; ``dtype`` int8 keeps codes and a scale for each head and position."""
-        shape = (batch, config.num_kv_heads, max_len, config.head_dim)
-        scale = lambda: jnp.zeros((*shape[:3], 1), jnp.float32) if jnp.dtype(dtype) == jnp.int8 else None
-        held = lambda: Held(data=jnp.zeros(shape, dtype), scale=scale(), span=max_len)
+        rows = max_len * config.num_kv_heads
+        scale = lambda: jnp.zeros((batch, 1, rows), jnp.float32) if jnp.dtype(dtype) == jnp.int8 else None
+        data = lambda: jnp.zeros((batch, rows, config.head_dim), dtype)
+        held = lambda: Held(data=data(), scale=scale(), positions=max_len, span=max_len)
         layers = range(config.num_layers)
         k, v = (tuple(held() for _ in layers) for _ in "kv")
         return cls(k=k, v=v, lengths=jnp.zeros((batch,), jnp.int32))
@@ -77,11 +92,11 @@ class SlotCache(KVCache):
     @property
     def max_len(self) -> int:
         """Positions it has room for."""
-        return self.k[0].data.shape[2]
+        return self.k[0].positions
 
     def layer(self, index: int) -> LayerCache:
         """The cache of one layer."""
-        return _Layer(k=self.k[index], v=self.v[index])
+        return HeldLayer(k=self.k[index], v=self.v[index])
 
     def after(self, layers: list[LayerCache], tokens: int) -> "SlotCache":
         """The cache once every layer has written ``tokens`` more positions."""
@@ -90,7 +105,7 @@ class SlotCache(KVCache):
 
     def reading(self, span: int) -> "SlotCache":
         """The same, of which attention reads the first ``span`` slots."""
-        narrow = lambda held: Held(data=held.data, scale=held.scale, span=span)
+        narrow = lambda held: dataclasses.replace(held, span=span)
         return SlotCache(k=tuple(map(narrow, self.k)), v=tuple(map(narrow, self.v)), lengths=self.lengths)
 
 
@@ -99,9 +114,9 @@ def insert(cache: SlotCache, rows: Int[Array, " p"], new: SlotCache, lengths: In
 
     def put(held: Any, given: Any) -> Any:
         for index in range(given.shape[0]):
-            held = jax.lax.dynamic_update_slice(held, given[index : index + 1], (rows[index], 0, 0, 0))
+            held = jax.lax.dynamic_update_slice(held, given[index : index + 1], (rows[index], 0, 0))
         return held
 
-    k, v = jax.tree.map(put, (cache.reading(0).k, cache.reading(0).v), (new.reading(0).k, new.reading(0).v))
-    filled = SlotCache(k=k, v=v, lengths=cache.lengths.at[rows].set(lengths))
-    return filled.reading(cache.k[0].span)
+    held, tree = jax.tree.flatten((cache.k, cache.v))
+    k, v = jax.tree.unflatten(tree, map(put, held, jax.tree.leaves((new.k, new.v))))
+    return SlotCache(k=k, v=v, lengths=cache.lengths.at[rows].set(lengths))

@@ -13,6 +13,7 @@ from awq_jax._qtensor import matmul
 from awq_jax.models import Decoder, DecoderConfig, KVCache
 from awq_jax.models.linear import Linear
 from awq_jax.models.params import merge
+from awq_jax.serving.attention import CachedAttention
 from awq_jax.serving.cache import SlotCache
 from awq_jax.serving.fuse import FUSED
 
@@ -60,6 +61,7 @@ def serving_decoder(config: DecoderConfig, params: Mapping[str, Any], axis: str 
                     delattr(owner, part)
                 k = linears[0].kernel.get_value().shape[0]
                 setattr(owner, name, _linear(k, sum(widths[index, name]), bias=linears[0].bias is not None))
+            layer.attn.__class__ = CachedAttention
             if axis is not None:
                 _add_up(layer.attn.o, axis)
                 _add_up(layer.mlp.down, axis)  # pyright: ignore[reportAttributeAccessIssue]  # no `Moe` under an axis

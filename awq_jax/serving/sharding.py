@@ -154,8 +154,8 @@ def _specs(tree: Mapping[str, Any]) -> Any:
 
 
 def _slot_specs(slots: Slots) -> Any:
-    """Keys and values are cut along their heads, all else is whole."""
-    of_held = lambda held: jax.tree.map(lambda _: P(None, AXIS, None, None), held)
+    """Each share keeps its own heads' rows of keys and values, and their scales; all else is whole."""
+    of_held = lambda held: jax.tree.map(lambda leaf: P(None, AXIS) if leaf.shape[1] > 1 else P(None, None, AXIS), held)
     cache = slots.cache
     held = SlotCache(k=tuple(map(of_held, cache.k)), v=tuple(map(of_held, cache.v)), lengths=P())
     return Slots(cache=held, token=P(), start=jax.tree.map(lambda _: P(), slots.start))

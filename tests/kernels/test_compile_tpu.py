@@ -46,6 +46,20 @@ def test_odd_sizes_compile_without_temporaries(generation):
         assert compiled.temp_bytes == 0
 
 
+@pytest.mark.parametrize("generation", TPUS)
+@pytest.mark.parametrize("dtype", ["bfloat16", "int8"])
+def test_decode_attention_compiles_and_writes_the_cache_in_place(generation, dtype):
+    """All of an 8B model's heads, and one share of eight."""
+    options = {"d": 128, "scale": 0.1, "window": None, "softcap": None, "dtype": dtype}
+    forms = [{"batch": 16, "heads": 32, "kv": 8, "positions": 512, "span": 512}]
+    forms.append({"batch": 3, "heads": 4, "kv": 1, "positions": 2048, "span": 1024})
+    programs = [Program("awq_jax_kernels.decode_attention.cost:attention", {**form, **options}) for form in forms]
+    for form, compiled in zip(forms, compile_programs(programs, generation, profile=False), strict=True):
+        assert not compiled.error, f"{form}: {compiled.error}"
+        # Nothing is donated here, so the cache is an output of its own; beside it there is room for little.
+        assert compiled.temp_bytes < form["batch"] * form["positions"] * form["kv"] * 128
+
+
 def test_a_program_that_does_not_compile_is_a_result():
     broken = Program("awq_jax_kernels.bench.programs:nothing")
     (compiled,) = compile_programs([broken], "v5e")

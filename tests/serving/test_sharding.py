@@ -79,4 +79,4 @@ def test_groups_that_straddle_devices_are_refused(rng):
 def test_slots_are_cut_along_heads(sharded, mesh):
     make = functools.partial(sharded_slots, sharded.config, mesh, 2, 32, dtype=jnp.float32)
     for held in make().cache.k:
-        assert {shard.data.shape[1] for shard in held.data.addressable_shards} == {1}
+        assert {shard.data.shape[1] for shard in held.data.addressable_shards} == {32}

@@ -1,0 +1,77 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`decode_attention`: the attention of one new token per sequence over a cache that it is written to."""
+
+import functools
+from typing import Any, Literal
+
+import jax
+from jaxtyping import Array, Float, Int32
+
+from awq_jax_kernels.decode_attention import pallas_tpu, reference
+from awq_jax_kernels.decode_attention.form import Cache, Form, form_of
+
+__all__ = ["decode_attention"]
+
+
+def decode_attention(
+    qkv: Float[Array, "b w"],
+    cache: Cache,
+    lengths: Int32[Array, " b"],
+    turns: tuple[Float[Array, "b d"], Float[Array, "b d"]] | None = None,
+    *,
+    heads: int,
+    scale: float,
+    window: int | None = None,
+    softcap: float | None = None,
+    span: int | None = None,
+    implementation: Literal["tpu", "reference"] | None = None,
+    interpret: Any = False,
+) -> tuple[Float[Array, "b v"], Cache]:
+    """Write each sequence's new key and value to its cache, and let its query see what the cache then holds.
+
+    ``y = softmax(cap(q k' scale)) v`` over positions 0 to length, or the last ``window`` of them; each kv head serves
+    heads / kv query heads. Codes stand for ``code * scale``, with ``scale = max|x| / 127`` of a head and position.
+
+    Args:
+      qkv: ``[b, (heads + 2 kv) d]``: query heads, key heads, value heads.
+      cache: (k, v, k_scale, v_scale): ``[b, s kv, d]``, floating or int8; row ``i kv + j`` is head j of position i.
+        Scales of int8 are float32 ``[b, 1, s kv]``, else None.
+      lengths: int32 ``[b]``, position of the new token. One past the end is not written, and sees all of the cache.
+      turns: factors of q and k and of q and k with halves of their channels exchanged, float32 ``[b, d]``: cosine and
+        signed sine of a rotary embedding.
+      heads: query heads.
+      scale: of the scores.
+      window: positions that are seen, the new one among them; None is all.
+      softcap: cap of the scores, ``cap tanh(score / cap)``.
+      span: positions that may be read, more than any length; None is all. The kernel reads what a length asks for.
+      implementation: "tpu" or "reference"; a refusal is then an error. None takes the kernel where the program is
+        lowered for a TPU and the kernel takes the operands.
+      interpret: run the kernel's Python on any platform.
+
+    Returns:
+      ``[b, heads d]`` in the dtype of qkv, and the cache; donate the old one, and it is written where it lies.
+
+    Raises:
+      ValueError: shapes that disagree, or operands that the kernel named does not take.
+
+    >>> import jax.numpy as jnp
+    >>> cache = (jnp.zeros((1, 4, 2)), jnp.zeros((1, 4, 2)), None, None)  # four positions of one head
+    >>> y, (k, v, *_) = decode_attention(jnp.array([[1., 0, 2, 0, 3, 4]]), cache, jnp.array([0]), heads=1, scale=1.0)
+    >>> y.tolist(), k[0, 0].tolist()
+    ([[3.0, 4.0]], [2.0, 0.0])
+    """
+    form = form_of(qkv, cache, lengths, turns, heads=heads, scale=scale, window=window, softcap=softcap, span=span)
+    reason = pallas_tpu.refusal(form, qkv.dtype)
+    if implementation == "tpu" and reason:
+        raise ValueError(f"no kernel takes qkv {qkv.dtype}{list(qkv.shape)} and a cache of {form.dtype}: {reason}.")
+    default = functools.partial(_reference, form)
+    if implementation == "reference" or reason:
+        return default(qkv, cache, lengths, turns)
+    kernel = functools.partial(pallas_tpu.decode_attention, form, interpret=interpret)
+    if implementation == "tpu":
+        return kernel(qkv, cache, lengths, turns)
+    return jax.lax.platform_dependent(qkv, cache, lengths, turns, tpu=kernel, default=default)
+
+
+def _reference(form: Form, *operands: Any) -> Any:
+    return reference.decode_attention(form, *operands)
