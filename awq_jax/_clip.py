@@ -5,6 +5,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from awq_jax._gram import diagonal_blocks
 from awq_jax._round import fake_quantize
 from awq_jax._spec import QuantSpec
 
@@ -12,7 +13,7 @@ __all__ = ["search_clip"]
 
 
 def search_clip(
-    gram: Float[Array, "k k"],
+    gram: Float[Array, "..."],
     weight: Float[Array, "k n"],
     spec: QuantSpec,
     ratios: tuple[float, ...],
@@ -23,7 +24,7 @@ def search_clip(
     Gram matrix enter. Ratio 1 always competes and wins ties.
 
     Args:
-      gram: ``X'X`` of the weight's input, ``[k, k]``.
+      gram: ``X'X`` of the weight's input, ``[k, k]``, or its diagonal blocks ``[k/b, b, b]`` with whole groups in each.
       weight: ``[k, n]``, already scaled.
       spec: the number format.
       ratios: thresholds to try, as fractions of the group's range.
@@ -34,8 +35,7 @@ def search_clip(
     k, n = weight.shape
     g = spec.rows_per_group(k)
     groups = k // g
-    block = jnp.arange(groups)
-    diagonal = gram.reshape(groups, g, groups, g)[block, :, block, :]  # [groups, g, g]
+    diagonal = diagonal_blocks(gram, g)
     tried = jnp.array((1.0, *(r for r in ratios if r != 1.0)), jnp.float32)
 
     def evaluate(r: Array) -> Array:

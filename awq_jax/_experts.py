@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int32
 
+from awq_jax._gram import gram_of
 from awq_jax._pytree import pytree
 from awq_jax._qtensor import QTensor
 from awq_jax._stats import BINS, ActStats, bin_of
@@ -78,12 +79,15 @@ def ragged_matmul(
     return y.reshape(-1, y.shape[-1])[place]
 
 
-def observe_experts(x: ExpertRows, mask: Bool[Array, "*t"] | None = None, *, histogram: bool = False) -> ActStats:
+def observe_experts(
+    x: ExpertRows, mask: Bool[Array, "*t"] | None = None, *, block: int | None = None, histogram: bool = False
+) -> ActStats:
     """`awq_jax.observe` for each expert's rows; every leaf has a leading axis of experts.
 
     Args:
       x: the rows, by expert.
       mask: tokens to count, ``[...]``; padding is False.
+      block: keep only diagonal blocks of so many rows of each Gram matrix.
       histogram: keep what `percentile` needs.
     """
     (r, k), e = x.rows.shape, x.sizes.shape[0]
@@ -94,7 +98,7 @@ def observe_experts(x: ExpertRows, mask: Bool[Array, "*t"] | None = None, *, his
     tiles, owner, _ = _in_tiles(rows, x.sizes)
 
     def add(gram: Array, tile: tuple[Array, Array]) -> tuple[Array, None]:
-        return gram.at[tile[1]].add(jnp.matmul(tile[0].T, tile[0], precision="highest")), None
+        return gram.at[tile[1]].add(gram_of(tile[0], block)), None
 
     bins = None
     if histogram:
@@ -105,7 +109,7 @@ def observe_experts(x: ExpertRows, mask: Bool[Array, "*t"] | None = None, *, his
         count=jax.ops.segment_sum(keep.astype(jnp.float32), expert, e),
         abs_sum=jax.ops.segment_sum(magnitude, expert, e),
         abs_max=jnp.maximum(jax.ops.segment_max(magnitude, expert, e), 0.0),
-        gram=jax.lax.scan(add, jnp.zeros((e, k, k)), (tiles, owner))[0],
+        gram=jax.lax.scan(add, jnp.zeros((e, *jax.eval_shape(gram_of, tiles[0], block).shape)), (tiles, owner))[0],
         histogram=bins,
     )
 
@@ -122,7 +126,7 @@ def without_starved(stats: ActStats, least: int) -> ActStats:
         count=stats.count,
         abs_sum=stats.abs_sum,
         abs_max=stats.abs_max,
-        gram=jnp.where(fed[:, None, None], stats.gram, 0.0),
+        gram=jnp.where(fed.reshape(-1, *(1,) * (stats.gram.ndim - 1)), stats.gram, 0.0),
         histogram=stats.histogram,
     )
 

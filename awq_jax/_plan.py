@@ -2,8 +2,10 @@
 """From a family's table and a recipe to what will be done to one layer: static, hashable, checked before any work."""
 
 import dataclasses
+import math
 from collections.abc import Iterable, Mapping
 
+from awq_jax._gram import block_rows
 from awq_jax._spec import GPTQSpec, QuantSpec, Recipe, RefineSpec, SearchSpec
 from awq_jax._tie import Tie
 from awq_jax.families._table import Family, Group, Linear
@@ -26,6 +28,10 @@ class GroupPlan:
     specs: tuple[QuantSpec | None, ...]
     tie: Tie | None
     clip: tuple[bool, ...]
+
+    def gram_block(self, k: int, limit: int | None, experts: int = 1) -> int:
+        """Rows of the blocks of its Gram matrix that are kept: whole groups of every sink; k is all of it."""
+        return block_rows(k, math.lcm(*(spec.rows_per_group(k) for _, spec, _ in self.quantized)), limit, experts)
 
     @property
     def quantized(self) -> tuple[tuple[str, QuantSpec, bool], ...]:
@@ -61,6 +67,11 @@ class LayerPlan:
         """Where activations are observed: the first linear of each group stands for all."""
         return tuple(plan.group.sinks[0] for plan in self.groups if plan.quantized)
 
+    def gram_block(self, tap: str, k: int, experts: int = 1) -> int:
+        """`GroupPlan.gram_block` of the group that is observed at a tap."""
+        (plan,) = (plan for plan in self.groups if plan.quantized and plan.group.sinks[0] == tap)
+        return plan.gram_block(k, self.search.gram_limit, experts)
+
 
 def _relative(group: Group) -> Group:
     """A table row with ``layers/*/`` removed."""
@@ -94,8 +105,9 @@ def plan_layers(
       tie: the model's grouped-query attention, for groups that ask for it.
 
     Raises:
-      ValueError: a group size does not divide a width, an override matches no weight, or a mixture of experts is to be
-        quantized on inputs that pass through quantized layers or to be refined.
+      ValueError: a group size does not divide a width, an override matches no weight, a Gram matrix that is needed
+        whole is over its limit, or a mixture of experts is to be quantized on inputs that pass through quantized layers
+        or to be refined.
     """
     if recipe.propagate == "quantized" and any(group.per_expert for group in family.groups):
         raise ValueError(
@@ -129,9 +141,21 @@ def plan_layers(
             propagate=recipe.propagate == "quantized",
             refine=recipe.refine,
         )
+        _refuse_blocks(plan, widths)
         plans.append(plan)
     _refuse_unused(glob for glob, _ in recipe.overrides if glob not in used)
     return tuple(plans)
+
+
+def _refuse_blocks(plan: LayerPlan, widths: Mapping[str, int]) -> None:
+    """What makes up for drift solves with the whole of a Gram matrix."""
+    for tap in plan.taps if plan.propagate else ():
+        if plan.gram_block(tap, widths[tap]) < widths[tap]:
+            raise ValueError(
+                f"the Gram matrix of the {widths[tap]} inputs of {tap} takes {4 * widths[tap] ** 2} bytes, over a "
+                f"gram_limit of {plan.search.gram_limit}; propagate='quantized' needs all of it. Raise the limit "
+                "(--gram-limit), or use 'dense'."
+            )
 
 
 def _refuse_unused(globs: Iterable[str]) -> None:

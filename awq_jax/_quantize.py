@@ -13,6 +13,7 @@ from jaxtyping import Array
 from awq_jax._clip import search_clip
 from awq_jax._experts import each_expert, flat, stacked, without_starved
 from awq_jax._fold import fold_scale
+from awq_jax._gram import rescaled
 from awq_jax._plan import GroupPlan, LayerPlan
 from awq_jax._pytree import pytree
 from awq_jax._qtensor import dequantize
@@ -161,7 +162,7 @@ def quantize_layer(
         if result is not None:
             rows = group.tie.spread(result.scale) if group.tie else result.scale
             seen = stats[group.group.sinks[0]]
-            seen = dataclasses.replace(seen, gram=seen.gram / (rows[..., :, None] * rows[..., None, :]))
+            seen = dataclasses.replace(seen, gram=rescaled(seen.gram, rows))
             drift = reobserve(folded, done, group) if reobserve else None
             done, left = _round_group(done, group, plan, drift.stats if drift else seen, drift)
         losses.append(left)

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from awq_jax._gram import times
 from awq_jax._operands import refuse_shape, refuse_weight
 from awq_jax._pytree import pytree
 from awq_jax._round import fake_quantize
@@ -109,7 +110,7 @@ def candidate_scales(
 
 def gram_loss(error: Float[Array, "k n"], stats: ActStats) -> Float[Array, ""]:
     """``tr(D' G D) / tokens``: the squared output error of one token, summed over outputs."""
-    return jnp.vdot(error, jnp.matmul(stats.gram, error, precision="highest")) / jnp.maximum(stats.count, 1.0)
+    return jnp.vdot(error, times(stats.gram, error)) / jnp.maximum(stats.count, 1.0)
 
 
 def split_columns(wide: Array, widths: Sequence[int]) -> list[Array]:

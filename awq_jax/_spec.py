@@ -180,6 +180,10 @@ class SearchSpec:
         channels; of longer calibration texts every second, third, … token is taken. None takes all.
       expert_tokens: an expert that fewer calibration tokens reach shares the scale of its input with the others, but
         its last linear is rounded to nearest, and the report names it.
+      gram_limit: bytes that the Gram matrix of one input may take, those of all experts together. Of a larger one the
+        diagonal blocks that fit are kept, down to single quantization groups, and errors are scored as if inputs of
+        different blocks were uncorrelated. None keeps all; `quantize_checkpoint` then takes an eighth of a device's
+        memory.
     """
 
     rules: tuple[ScaleRule, ...] = dataclasses.field(default_factory=lambda: (rule("paper"), rule("duo")))
@@ -187,13 +191,15 @@ class SearchSpec:
     clip_ratios: tuple[float, ...] = (0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65, 0.6, 0.55, 0.5)
     tokens_per_channel: int | None = 16
     expert_tokens: int = 32
+    gram_limit: int | None = None
 
     def __post_init__(self) -> None:
         if self.objective not in ("gram", "block"):
             raise ValueError(f"SearchSpec.objective is {self.objective!r}; use 'gram' or 'block'.")
         if any(not 0 < r <= 1 for r in self.clip_ratios):
             raise ValueError(f"SearchSpec.clip_ratios must lie in (0, 1]; got {self.clip_ratios}.")
-
+        if self.gram_limit is not None and self.gram_limit < 0:
+            raise ValueError(f"SearchSpec.gram_limit is {self.gram_limit}; it must not be negative, or None.")
         if self.tokens_per_channel is not None and self.tokens_per_channel < 1:
             raise ValueError(f"SearchSpec.tokens_per_channel is {self.tokens_per_channel}; it must be at least 1.")
 

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
+from awq_jax._gram import gram_of
 from awq_jax._operands import refuse_activations, refuse_shape
 from awq_jax._pytree import pytree
 
@@ -26,7 +27,8 @@ class ActStats:
       count: tokens seen, float32 (exact below 2**24).
       abs_sum: sum of |x|, float32 ``[k]``.
       abs_max: maximum of |x|, float32 ``[k]``.
-      gram: ``X' X``, float32 ``[k, k]``, or None. With it ``||X D||^2 = tr(D' X'X D)`` is exact for any error D.
+      gram: ``X' X``, float32 ``[k, k]``, or its diagonal blocks ``[k/b, b, b]``, or None. With the whole of it
+        ``||X D||^2 = tr(D' X'X D)`` is exact for any error D.
       histogram: tokens per bin of log2|x|, float32 ``[bins, k]``, or None; only percentiles need it.
     """
 
@@ -48,11 +50,11 @@ def bin_of(magnitude: Array) -> Array:
     return jnp.clip((octave * _BINS_PER_OCTAVE).astype(jnp.int32), 0, BINS - 1)
 
 
-def _gram(x: Float[Array, "t k"], keep: Bool[Array, " t"], stride: int) -> Float[Array, "k k"]:
+def _gram(x: Float[Array, "t k"], keep: Bool[Array, " t"], stride: int, block: int | None) -> Array:
     if stride > 1:
         # Padding goes last, so that it does not take the place of tokens: a short document's would all be skipped.
         x = x[jnp.argsort(~keep, stable=True)[::stride]]
-    return stride * jnp.matmul(x.T, x, precision="highest")
+    return stride * gram_of(x, block)
 
 
 def observe(
@@ -60,6 +62,7 @@ def observe(
     mask: Bool[Array, "*t"] | None = None,
     *,
     gram: bool = True,
+    block: int | None = None,
     stride: int = 1,
     histogram: bool = False,
 ) -> ActStats:
@@ -69,6 +72,7 @@ def observe(
       x: ``[..., k]``; sums are taken in float32.
       mask: tokens to count, ``[...]``; padding is False.
       gram: keep ``X' X``, ``4 k**2`` bytes.
+      block: keep only its diagonal blocks of so many rows, a divisor of k.
       stride: take every stride-th of the tokens that count for the Gram matrix, and weigh it stride times.
       histogram: keep what `percentile` needs.
 
@@ -86,6 +90,8 @@ def observe(
             raise ValueError(f"mask is {mask.dtype}; it must be boolean, True where a token counts: mask.astype(bool).")
     if stride < 1:
         raise ValueError(f"stride is {stride}; it must be at least 1.")
+    if block is not None and (block < 1 or x.shape[-1] % block):
+        raise ValueError(f"block is {block}; it must divide the {x.shape[-1]} channels of x.")
     x = x.astype(jnp.float32)
     keep = jnp.ones(x.shape[:-1], bool) if mask is None else mask
     x = jnp.where(keep[..., None], x, 0.0).reshape(-1, x.shape[-1])
@@ -99,7 +105,7 @@ def observe(
         count=counted.sum(),
         abs_sum=magnitude.sum(0),
         abs_max=magnitude.max(0, initial=0.0),
-        gram=_gram(x, keep.reshape(-1), stride) if gram else None,
+        gram=_gram(x, keep.reshape(-1), stride, block) if gram else None,
         histogram=bins,
     )
 

@@ -66,10 +66,12 @@ def _observer(config: DecoderConfig, plan: LayerPlan, tokens: int) -> Callable[[
 
         def tap(name: str, x: Any) -> None:
             if name in plan.taps and isinstance(x, ExpertRows):
-                seen[name] = observe_experts(x, mask, histogram=histogram)
+                rows = plan.gram_block(name, x.rows.shape[-1], len(x.sizes))
+                seen[name] = observe_experts(x, mask, block=rows, histogram=histogram)
             elif name in plan.taps:
                 stride = plan.search.stride(tokens, x.shape[-1])
-                seen[name] = observe(x, mask, stride=stride, histogram=histogram)
+                rows = plan.gram_block(name, x.shape[-1])
+                seen[name] = observe(x, mask, block=rows, stride=stride, histogram=histogram)
 
         return seen, block(config, params, hidden, tap=tap)
 

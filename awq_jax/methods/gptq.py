@@ -114,7 +114,7 @@ def gptq_codes(
 
 def gptq(
     weight: Float[Array, "k n"],
-    gram: Float[Array, "k k"],
+    gram: Float[Array, "..."],
     spec: QuantSpec = QuantSpec(),  # noqa: B008 - frozen
     how: GPTQSpec = GPTQSpec(),  # noqa: B008 - frozen
     ratio: Float[Array, "groups n"] | None = None,
@@ -123,7 +123,7 @@ def gptq(
 
     Args:
       weight: ``[k, n]``, any float dtype; computed in float32.
-      gram: ``X'X`` of the weight's input, `ActStats.gram`.
+      gram: ``X'X`` of the weight's input, `ActStats.gram`; of a blocked one each block is a problem of its own.
       spec: the number format.
       how: damping, order, sweeps.
       ratio: clipping thresholds from `search_clip`.
@@ -138,4 +138,10 @@ def gptq(
     """
     weight = weight.astype(jnp.float32)
     grid = fit_grid(weight, spec, ratio)
-    return packed_on(gptq_codes(weight, gram, grid, spec, how).astype(jnp.uint8), grid, spec)
+    if gram.ndim == 2:
+        codes = gptq_codes(weight, gram, grid, spec, how)
+    else:  # rows of different blocks do not make up for each other
+        parts = jax.tree.map(lambda leaf: leaf.reshape(len(gram), -1, leaf.shape[-1]), (weight, grid))
+        codes = jax.lax.map(lambda part: gptq_codes(part[0], part[2], part[1], spec, how), (*parts, gram))
+        codes = codes.reshape(weight.shape)
+    return packed_on(codes.astype(jnp.uint8), grid, spec)

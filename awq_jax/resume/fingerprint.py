@@ -26,7 +26,12 @@ from awq_jax_convert.sink import BESIDE
 __all__ = ["fingerprint"]
 
 
-def fingerprint(source: Path, calib: Samples, decided: Mapping[str, Any], devices: str) -> dict[str, str]:
+_BEGINNING = 1 << 20  # bytes of a file, where only its beginning is read
+
+
+def fingerprint(
+    source: Path, calib: Samples, decided: Mapping[str, Any], devices: str, *, whole: bool = True
+) -> dict[str, str]:
     """Digests of the weights, the calibration tokens, the recipe, the code and the devices.
 
     Args:
@@ -34,6 +39,8 @@ def fingerprint(source: Path, calib: Samples, decided: Mapping[str, Any], device
       calib: tokens and mask.
       decided: the recipe and every option that changes the numbers, as JSON values.
       devices: what the arithmetic runs on; sums are taken in another order elsewhere.
+      whole: read all of the weights. Where nothing is kept to resume from, sizes and headers tell enough, and are said
+        to be no more.
 
     Returns:
       Name of the thing -> sha256, or words where they say more.
@@ -41,7 +48,7 @@ def fingerprint(source: Path, calib: Samples, decided: Mapping[str, Any], device
     shape = json.dumps(calib.tokens.shape)
     text = json.dumps(decided, sort_keys=True)
     return {
-        "weights": _directory(source),
+        "weights": _directory(source, None) if whole else f"headers {_directory(source, _BEGINNING)}",
         "calibration": hashlib.sha256(f"{shape} {calib.digest}".encode()).hexdigest(),
         "recipe": hashlib.sha256(text.encode()).hexdigest(),
         "versions": _versions(),
@@ -49,18 +56,20 @@ def fingerprint(source: Path, calib: Samples, decided: Mapping[str, Any], device
     }
 
 
-def _sha256(path: Path) -> str:
+def _sha256(path: Path, most: int | None) -> str:
     with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        if most is None:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+        return hashlib.sha256(f"{path.stat().st_size} ".encode() + file.read(most)).hexdigest()
 
 
-def _directory(source: Path) -> str:
-    """sha256 over the names and contents of the files that a run reads."""
+def _directory(source: Path, most: int | None) -> str:
+    """sha256 over the names and contents of the files that a run reads, or of so many bytes of each and their sizes."""
     names = {name for name in (CONFIG, INDEX, *BESIDE) if (source / name).is_file()}
     names |= set(read_json(source, INDEX)["weight_map"].values()) if INDEX in names else {SINGLE}
     paths = [resolve_inside(source, name) for name in sorted(names)]
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        digests = list(pool.map(_sha256, paths))
+        digests = list(pool.map(functools.partial(_sha256, most=most), paths))
     return hashlib.sha256(json.dumps([*zip(sorted(names), digests, strict=True)]).encode()).hexdigest()
 
 
