@@ -62,7 +62,8 @@ def read_manifest(path: str | os.PathLike[str]) -> dict[str, Any]:
             f"{Path(path) / MANIFEST} has format_version {version!r}; this awq-jax reads {FORMAT_VERSION}. "
             "Upgrade awq-jax."
         )
-    if not isinstance(found.get("files"), dict):
+    files = found.get("files")
+    if not isinstance(files, dict) or not all(isinstance(digest, str) for digest in files.values()):
         raise ValueError(f"{Path(path) / MANIFEST} lists no files; download it again.")
     return found
 
