@@ -79,13 +79,17 @@ def _carried(node: Any, path: str, to: str, dtype: np.dtype | None) -> Any:
 
 
 def _schemes(checkpoint: Checkpoint) -> dict[str, Scheme]:
-    """Number formats by path, group sizes as numbers unless every weight has one group."""
+    """Number formats by path, group sizes as numbers unless every weight has one group.
+
+    Zeros of 8 everywhere are no other format: they are written where another weight needs them.
+    """
     found = {path: scheme for path in checkpoint.paths() if (scheme := checkpoint.scheme(path))}
     rows = {path: checkpoint.shape(path)[-2] for path in found}
     whole = all(scheme.rows(rows[path]) == rows[path] for path, scheme in found.items())
     named = any(scheme.group_size == -1 for scheme in found.values()) or len(set(rows.values())) > 1
     size = lambda path: -1 if whole and named else found[path].rows(rows[path])
-    return {path: dataclasses.replace(scheme, group_size=size(path)) for path, scheme in found.items()}
+    symmetric = all(scheme.symmetric for scheme in found.values())
+    return {path: Scheme(scheme.bits, size(path), symmetric) for path, scheme in found.items()}
 
 
 def _refuse(checkpoint: Checkpoint, to: str, schemes: Mapping[str, Scheme]) -> None:
@@ -105,10 +109,8 @@ def _refuse(checkpoint: Checkpoint, to: str, schemes: Mapping[str, Scheme]) -> N
         )
     used = set(schemes.values())
     refuse_misfit(to, [QuantSpec(bits=s.bits, group_size=s.group_size, symmetric=s.symmetric) for s in used])
-    # Zeros of 8 everywhere are no other format: they are written where a neighbour needs them.
-    alike = {path: dataclasses.replace(scheme, symmetric=False) for path, scheme in schemes.items()}
     linears = (path for path in checkpoint.paths() if path.startswith("layers/") and path.endswith("/kernel"))
-    refuse_unwritable(to, checkpoint, {path: alike.get(path) for path in linears})
+    refuse_unwritable(to, checkpoint, {path: schemes.get(path) for path in linears})
 
 
 def _refuse_without_codes(layer: Mapping[str, Any], index: int, to: str, schemes: Mapping[str, Scheme]) -> None:
@@ -194,7 +196,7 @@ def convert_checkpoint(
         checkpoint,
         out,
         group_size=next((scheme.group_size for scheme in schemes.values()), 128),
-        symmetric=bool(schemes) and all(scheme.symmetric for scheme in schemes.values()),
+        symmetric=any(scheme.symmetric for scheme in schemes.values()),  # as one, as all
         dtype=kind,
         recipe=_recipe(checkpoint, to, kind),
         overwrite=overwrite,

@@ -104,6 +104,19 @@ def test_what_a_loader_would_have_to_fuse_is_refused_before_anything_is_written(
     assert [path.name for path in tmp_path.iterdir()] == ["native"]
 
 
+def test_weights_with_zeros_and_without_go_together(llama: Oracle, tmp_path: Path):
+    """A weight whose zeros are all in the middle has none in memory; files have them where another weight does."""
+    odd = ("attn/k", QuantSpec(group_size=32, symmetric=True))
+    made = rounded(llama.path, tmp_path / "native", "native", SPEC, odd)
+    convert(made, tmp_path / "ct", "compressed-tensors")
+    convert(tmp_path / "ct", tmp_path / "awq", "autoawq")
+    want = dict(leaves(open_checkpoint(made).params(None)))
+    for path, got in leaves(open_checkpoint(tmp_path / "awq").params(None)):
+        if isinstance(got, QTensor):
+            assert (got.zero is None) == ("attn/k" in path) == (want[path].zero is None)
+            np.testing.assert_array_equal(got.packed, want[path].packed)
+
+
 def test_dense_holds_what_the_codes_stand_for(autoawq: Path, tmp_path: Path):
     done = convert(autoawq, tmp_path / "out", "dense")
     assert (done.dtype, done.dequantized, done.quantized) == ("float32", 21, 0)
