@@ -8,7 +8,7 @@ compiled as it will be, and asked what it holds.
 import dataclasses
 import pathlib
 import resource
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -16,12 +16,14 @@ import jax.numpy as jnp
 
 from awq_jax._plan import GroupPlan, LayerPlan
 from awq_jax._spec import Recipe
+from awq_jax.gram_memory import blocked, gram_bytes
 from awq_jax.layer_step import quantize_and_measure
-from awq_jax.pipeline import MEASURED, open_planned, refuse_below_one, refuse_long
+from awq_jax.pipeline import MEASURED, kernel_shapes, open_planned, refuse_below_one, refuse_long
+from awq_jax.sharding import Layout
 from awq_jax_convert.hf import HFCheckpoint
 from awq_jax_convert.hf_config import FamilyChoice
 
-__all__ = ["DryRun", "LayerCost", "dry_run", "dry_run_directory", "layer_bytes"]
+__all__ = ["DryRun", "LayerCost", "dry_run", "dry_run_directory", "layer_bytes", "layer_flops"]
 
 _SHARD = 256 << 20  # bytes that a writer holds before it writes them
 
@@ -54,7 +56,9 @@ class DryRun:
       disk_bytes: free space that is needed: the output, and what is kept to resume from.
       device_bytes: of the largest layer's step: arguments, results and temporaries.
       host_bytes: beside them: layers as read and as written, and this process itself.
+      gram_bytes: of the Gram matrices of a layer, which ``device_bytes`` includes.
       tokens: of calibration, padding included.
+      notes: of which inputs less than the whole Gram matrix is kept.
     """
 
     layers: tuple[LayerCost, ...]
@@ -63,7 +67,9 @@ class DryRun:
     disk_bytes: int
     device_bytes: int
     host_bytes: int
+    gram_bytes: int
     tokens: int
+    notes: tuple[str, ...] = ()
 
     @property
     def peak_memory_bytes(self) -> int:
@@ -91,23 +97,35 @@ def layer_bytes(checkpoint: HFCheckpoint, index: int, plan: LayerPlan) -> tuple[
     return before, after
 
 
-def _group_flops(group: GroupPlan, plan: LayerPlan, widths: dict[str, tuple[int, int]], tokens: int) -> int:
+def _group_flops(group: GroupPlan, plan: LayerPlan, widths: Mapping[str, tuple[int, ...]], tokens: int) -> int:
     """Gram matrix, candidate scales and clipping thresholds of one group."""
     shapes = [widths[path] for path, _, _ in group.quantized]
     if not shapes:
         return 0
     k, n = shapes[0][0], sum(columns for _, columns in shapes)
-    gram = 2 * k * k * (tokens // plan.search.stride(tokens, k))
+    block = group.gram_block(k, plan.search.gram_limit)
+    gram = 2 * k * block * (tokens // plan.search.stride(tokens, k))
     candidates = len(plan.search.candidates) if group.group.producer is not None else 1
     clip = sum(
         2 * spec.rows_per_group(k) * k * widths[path][1] * (1 + len(plan.search.clip_ratios))
         for path, spec, may_clip in group.quantized
         if may_clip and plan.search.clip_ratios
     )
-    return gram + candidates * 2 * k * k * n + clip
+    return gram + candidates * 2 * k * block * n + clip
 
 
-def _layer_flops(plan: LayerPlan, widths: dict[str, tuple[int, int]], tokens: int, measured: int, seq_len: int) -> int:
+def layer_flops(
+    plan: LayerPlan, widths: Mapping[str, tuple[int, ...]], tokens: int, measured: int, seq_len: int
+) -> int:
+    """Floating-point operations to observe, search, round and measure one layer.
+
+    Args:
+      plan: of the layer.
+      widths: (inputs, outputs) of each linear, by path.
+      tokens: of calibration.
+      measured: tokens that the finished layer is measured on.
+      seq_len: tokens of a sample.
+    """
     forward = 2 * sum(k * n for k, n in widths.values())
     # Backward costs twice as much as forward.
     refined = 3 * plan.refine.steps * plan.refine.samples * seq_len if plan.refine else 0
@@ -129,15 +147,17 @@ def _abstract_layer(checkpoint: HFCheckpoint, index: int) -> dict[str, Any]:
     return tree
 
 
-def _step_bytes(checkpoint: HFCheckpoint, index: int, plan: LayerPlan, chunks: tuple[int, int, int]) -> int:
-    """What the compiled step of a layer holds on the device."""
+def _step_bytes(
+    checkpoint: HFCheckpoint, index: int, plan: LayerPlan, chunks: tuple[int, int, int], layout: Layout
+) -> int:
+    """What the compiled step of a layer holds on one device."""
     config = checkpoint.config
-    hidden = jax.ShapeDtypeStruct((*chunks, config.hidden_size), jnp.float32)
-    mask = jax.ShapeDtypeStruct(chunks, jnp.bool_)
+    hidden = layout.activations(jax.ShapeDtypeStruct((*chunks, config.hidden_size), jnp.float32))
+    mask = layout.activations(jax.ShapeDtypeStruct(chunks, jnp.bool_))
     stream = hidden if plan.propagate else None
     count, b, t = chunks
     lowered = quantize_and_measure.lower(
-        _abstract_layer(checkpoint, index),
+        layout.layer(_abstract_layer(checkpoint, index)),
         hidden,
         mask,
         stream,
@@ -152,7 +172,14 @@ def _step_bytes(checkpoint: HFCheckpoint, index: int, plan: LayerPlan, chunks: t
 
 
 def dry_run(
-    checkpoint: HFCheckpoint, plans: Sequence[LayerPlan], *, samples: int, seq_len: int, batch: int, keep: bool = True
+    checkpoint: HFCheckpoint,
+    plans: Sequence[LayerPlan],
+    *,
+    samples: int,
+    seq_len: int,
+    batch: int,
+    keep: bool = True,
+    mesh: Mapping[str, int] | None = None,
 ) -> DryRun:
     """Estimate a quantization.
 
@@ -163,6 +190,7 @@ def dry_run(
       seq_len: tokens of each.
       batch: samples that go through a layer together.
       keep: finished layers are kept to resume from.
+      mesh: devices to spread over; memory is then that of one.
 
     Raises:
       RuntimeError: the compiler can't make a step fit the device; it says what it needs.
@@ -179,11 +207,13 @@ def dry_run(
             if path.endswith("/kernel") and len(shape) > 1
         }
         before, after = layer_bytes(checkpoint, index, plan)
-        flops = _layer_flops(plan, kernels, tokens, min(tokens, MEASURED), seq_len)
+        flops = layer_flops(plan, kernels, tokens, min(tokens, MEASURED), seq_len)
         layers.append(LayerCost(index=index, bytes_before=before, bytes_after=after, flops=flops))
         float_bytes = max(float_bytes, 4 * sum(_size(shape) for shape in shapes.values()))
     steps = {(config.of_layer(index), plan): index for index, plan in enumerate(plans)}
-    device = max(_step_bytes(checkpoint, index, plan, chunks) for (_, plan), index in steps.items())
+    layout = Layout(mesh)
+    layout.refuse_batch(batch)
+    device = max(_step_bytes(checkpoint, index, plan, chunks, layout) for (_, plan), index in steps.items())
     saved = sum(layer.bytes_before - layer.bytes_after for layer in layers)
     after = checkpoint.nbytes - saved
     hidden = 4 * tokens * config.hidden_size * (2 if any(plan.propagate for plan in plans) else 1)
@@ -197,7 +227,9 @@ def dry_run(
         disk_bytes=after + (after + 3 * hidden if keep else 0),
         device_bytes=max(device, 2 * stem + hidden),
         host_bytes=process + beside,
+        gram_bytes=max(gram_bytes(plan, kernel_shapes(checkpoint, plans)) for plan in set(plans)),
         tokens=tokens,
+        notes=blocked(plans, kernel_shapes(checkpoint, plans)),
     )
 
 
@@ -212,6 +244,7 @@ def dry_run_directory(
     serve_tp: int = 1,
     family: FamilyChoice = None,
     keep: bool = True,
+    mesh: Mapping[str, int] | None = None,
 ) -> DryRun:
     """`dry_run` of a checkpoint directory; refuses what `quantize_checkpoint` would refuse for its shapes.
 
@@ -223,7 +256,7 @@ def dry_run_directory(
     refuse_long(seq_len, checkpoint.config.max_position_embeddings)
     if samples * seq_len >= 2**31:
         raise ValueError(f"{samples} samples of {seq_len} tokens are more than 2**31 tokens; take fewer (--samples).")
-    return dry_run(checkpoint, plans, samples=samples, seq_len=seq_len, batch=batch, keep=keep)
+    return dry_run(checkpoint, plans, samples=samples, seq_len=seq_len, batch=batch, keep=keep, mesh=mesh)
 
 
 def _size(shape: tuple[int, ...]) -> int:

@@ -10,7 +10,7 @@ import jax
 from awq_jax._plan import GroupPlan, LayerPlan
 from awq_jax._spec import Recipe
 
-__all__ = ["blocked", "device_memory", "gram_bytes", "with_gram_limit"]
+__all__ = ["blocked", "device_memory", "gram_bytes", "limit_of", "with_gram_limit"]
 
 _SHARE = 8  # of a device's memory for one Gram matrix: it is there twice while it grows, beside weights and candidates
 
@@ -19,6 +19,15 @@ def device_memory() -> int:
     """Bytes that a device may hold; of a CPU what the machine has."""
     stats = jax.local_devices()[0].memory_stats() or {}
     return stats.get("bytes_limit") or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def limit_of(memory: int) -> int:
+    """Bytes of a Gram matrix on a device of so much memory, a power of two.
+
+    >>> limit_of(16 << 30) == 1 << 31
+    True
+    """
+    return 1 << (memory // _SHARE).bit_length() - 1
 
 
 def _taps(plan: LayerPlan, shapes: Mapping[str, tuple[int, ...]]) -> Iterator[tuple[GroupPlan, int, int]]:
@@ -39,7 +48,7 @@ def with_gram_limit(recipe: Recipe, plans: Sequence[LayerPlan], shapes: Mapping[
       plans: of the layers.
       shapes: of the kernels, by path relative to a layer.
     """
-    limit = 1 << (device_memory() // _SHARE).bit_length() - 1
+    limit = limit_of(device_memory())
     widest = max((4 * e * k * k for plan in set(plans) for _, k, e in _taps(plan, shapes)), default=0)
     if recipe.search.gram_limit is not None or widest <= limit:
         return recipe

@@ -156,21 +156,40 @@ class Hosts:
         """What to raise for an error: where it comes of another process, that."""
         if isinstance(error, ProcessLost):
             return error
-        broken = isinstance(error, jax.errors.JaxRuntimeError) or "Gloo" in str(error)
+        gloo = "Gloo" in str(error)  # gloo's errors arrive as ValueError, which otherwise says that the input is bad
+        broken = gloo or isinstance(error, jax.errors.JaxRuntimeError)
         if broken:  # a collective's end is closed; the reason may be on its way
             self._silence_s = _BROKEN_S
             until = time.monotonic() + 2 * _BROKEN_S
             while not self._problem and time.monotonic() < until:
                 time.sleep(_BEAT_S / 10)
-        return ProcessLost(self._problem) if broken and self._problem else error
+            if gloo or self._problem:
+                return ProcessLost(self._problem or f"the connection to another process broke: {error}")
+        return error
+
+    @contextlib.contextmanager
+    def explained(self) -> Iterator[None]:
+        """Put what breaks in the block down to the process that it comes of.
+
+        Raises:
+          ProcessLost: instead of a collective's error.
+        """
+        try:
+            yield
+        except Exception as error:
+            found = self._why(error) if self.count > 1 else error
+            if found is error:
+                raise
+            raise found from error
 
     def _part(self, error: BaseException) -> None:
         """Say why this process ends; the coordinator stays until the others have heard."""
         _parted.set()
+        self._ended.set()
         said = "interrupted" if isinstance(error, KeyboardInterrupt) else str(error) or type(error).__name__
         with contextlib.suppress(jax.errors.JaxRuntimeError):
             self._set(f"failed/{self.index}", said)
-            until = time.monotonic() + _GRACE_S
+            until = time.monotonic() + _BROKEN_S
             while self.first and len(self._get("failed")) < self.count and time.monotonic() < until:
                 time.sleep(_BEAT_S / 10)
 
@@ -193,14 +212,12 @@ def together(limit_s: float = 600.0) -> Iterator[Hosts]:
     hosts = Hosts(jax.process_index(), jax.process_count(), _client(), limit_s)
     hosts._watcher.start()
     try:
-        yield hosts
+        with hosts.explained():
+            yield hosts
         hosts.meet("end", patience=10.0)  # process 0 flushes and reads back what it wrote
     except BaseException as error:
-        found = hosts._why(error)
-        hosts._part(found)
-        if found is error:
-            raise
-        raise found from error
+        hosts._part(error)
+        raise
     finally:
         hosts._ended.set()
 

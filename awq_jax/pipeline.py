@@ -2,13 +2,14 @@
 """A checkpoint directory in, a quantized one out, one layer in memory at a time."""
 
 import dataclasses
+import json
 import pathlib
 import resource
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import jax
@@ -22,12 +23,15 @@ from awq_jax._tie import Tie
 from awq_jax._tree import leaves
 from awq_jax.calibration import Samples, check_vocabulary, from_stream, read_calibration
 from awq_jax.coverage import layer_report
+from awq_jax.gram_memory import blocked, with_gram_limit
+from awq_jax.hosts import Hosts, together
 from awq_jax.layer_step import LayerOutcome, quantize_and_measure
 from awq_jax.model_card import model_card
 from awq_jax.models.functional import embed
 from awq_jax.pages import quantization_page
 from awq_jax.report import LayerReport, LinearReport, Report
 from awq_jax.resume import Session, fingerprint, resuming
+from awq_jax.resume.layers import report_of
 from awq_jax.sharding import Layout, refuse_straddling
 from awq_jax.stdlib_text import documentation
 from awq_jax_convert.family_check import refuse_false_groups
@@ -39,7 +43,15 @@ from awq_jax_convert.scheme import Scheme
 from awq_jax_convert.sink import ModelWriter, refuse_overlap
 from awq_jax_convert.tokenizer import Tokenizer
 
-__all__ = ["open_planned", "plans_of", "quantize_checkpoint", "read_samples", "refuse_below_one", "refuse_long"]
+__all__ = [
+    "kernel_shapes",
+    "open_planned",
+    "plans_of",
+    "quantize_checkpoint",
+    "read_samples",
+    "refuse_below_one",
+    "refuse_long",
+]
 
 MEASURED = 4096  # tokens that a finished layer is measured again on, against round to nearest
 
@@ -154,14 +166,22 @@ def open_planned(
     checkpoint = HFCheckpoint.open(src, family)
     _refuse_quantized(checkpoint)
     plans = plans_of(checkpoint, recipe)
+    shapes = kernel_shapes(checkpoint, plans)
+    fitted = with_gram_limit(recipe, plans, shapes)
+    plans = plans if fitted == recipe else plans_of(checkpoint, fitted)
     if checkpoint.hf.table is not None:  # nobody has tested it
         for config, plan in {checkpoint.config.of_layer(i): plan for i, plan in enumerate(plans)}.items():
             refuse_false_groups(checkpoint.family.name, config, plan)
     refuse_misfit(format, _specs_of(plans))
     refuse_unwritable(format, checkpoint, _schemes(checkpoint, plans))
-    sinks = {path for plan in plans for group in plan.groups for path, _, _ in group.quantized}
-    refuse_straddling(plans, {path: checkpoint.shape(f"layers/0/{path}/kernel") for path in sinks}, serve_tp)
+    refuse_straddling(plans, shapes, serve_tp)
     return checkpoint, plans
+
+
+def kernel_shapes(checkpoint: HFCheckpoint, plans: Sequence[LayerPlan]) -> dict[str, tuple[int, ...]]:
+    """Shapes of what is quantized, by path relative to a layer."""
+    sinks = {path for plan in plans for group in plan.groups for path, _, _ in group.quantized}
+    return {path: checkpoint.shape(f"layers/0/{path}/kernel") for path in sinks}
 
 
 def _expected_bytes(checkpoint: HFCheckpoint, plans: tuple[LayerPlan, ...]) -> int:
@@ -228,6 +248,7 @@ def quantize_checkpoint(
     mesh: Mapping[str, int] | None = None,
     serve_tp: int = 1,
     family: FamilyChoice = None,
+    host_timeout: float = 600.0,
     progress: Progress | None = None,
 ) -> Report:
     """Quantize a Hugging Face checkpoint directory.
@@ -236,6 +257,9 @@ def quantize_checkpoint(
     What can be refused is refused before anything is written; the output appears under its name only when it is
     complete and was read back. A run that is killed goes on from its last finished layer when it is started again, and
     makes the same bits.
+
+    Under `jax.distributed` every process calls this with the same arguments; process 0 writes, and an error in one ends
+    it in all (`awq_jax.hosts`).
 
     Args:
       src: directory with config.json, safetensors and, for text, tokenizer.json.
@@ -252,6 +276,7 @@ def quantize_checkpoint(
       mesh: devices to spread over, for example ``{"data": 2, "model": 4}``; see `awq_jax.sharding.Layout`.
       serve_tp: refuse groups that so many serving devices would cut in two.
       family: a table, the name of one or its TOML file, instead of the one that serves config.json's architecture.
+      host_timeout: seconds that a process may keep the others waiting between two layers.
       progress: called with each `LayerReport` and the number of layers.
 
     Returns:
@@ -259,104 +284,158 @@ def quantize_checkpoint(
 
     Raises:
       FileNotFoundError, FileExistsError, ValueError: bad input, named.
+      ProcessLost: another process failed, is gone or is late.
     """
     clock = _Clock()
-    refuse_below_one(samples=samples, seq_len=seq_len, batch=batch)
-    layout = Layout(mesh)
-    with clock.phase("open"):
-        checkpoint, plans = open_planned(pathlib.Path(src), recipe, format, serve_tp, family)
-        refuse_overlap(checkpoint.path, pathlib.Path(out))
-        specs = _specs_of(plans)
-    with clock.phase("calibration text"):
-        if not isinstance(calib, Samples):
-            path = None if calib is None else pathlib.Path(calib)
-            calib = read_samples(checkpoint, path, samples=samples, seq_len=seq_len)
-        check_vocabulary(calib, checkpoint.config.vocab_size)
-        refuse_long(calib.tokens.shape[1], checkpoint.config.max_position_embeddings)
-        layout.refuse_batch(min(batch, len(calib.tokens)))
-    plain = dataclasses.asdict(recipe)
-    with clock.phase("fingerprint"):
-        decided = {"recipe": plain, "format": format, "batch": batch}
-        decided |= {} if checkpoint.hf.table is None else {"table": checkpoint.hf.table}
-        inputs = fingerprint(checkpoint.path, calib, decided, str(layout))
-    expected = _expected_bytes(checkpoint, plans)
-    kept = 0 if resume == "never" else expected + 3 * 4 * calib.tokens.size * checkpoint.config.hidden_size
-    writer = open_writer(
+    with together(host_timeout) as hosts:
+        refuse_below_one(samples=samples, seq_len=seq_len, batch=batch)
+        layout = Layout(mesh)
+        with clock.phase("open"):
+            checkpoint, plans = open_planned(pathlib.Path(src), recipe, format, serve_tp, family)
+            refuse_overlap(checkpoint.path, pathlib.Path(out))
+            recipe = with_gram_limit(recipe, plans, kernel_shapes(checkpoint, plans))
+        with clock.phase("calibration text"):
+            if not isinstance(calib, Samples):
+                path = None if calib is None else pathlib.Path(calib)
+                calib = read_samples(checkpoint, path, samples=samples, seq_len=seq_len)
+            check_vocabulary(calib, checkpoint.config.vocab_size)
+            refuse_long(calib.tokens.shape[1], checkpoint.config.max_position_embeddings)
+            layout.refuse_batch(min(batch, len(calib.tokens)))
+        with clock.phase("fingerprint"):
+            decided = {"recipe": dataclasses.asdict(recipe), "format": format, "batch": batch}
+            decided |= {} if checkpoint.hf.table is None else {"table": checkpoint.hf.table}
+            inputs = fingerprint(checkpoint.path, calib, decided, str(layout), whole=resume != "never")
+            hosts.agree({**inputs, "resume": resume})
+        expected = _expected_bytes(checkpoint, plans)
+        with ExitStack() as opened:
+            session, writer = Session(None, inputs), None
+            if hosts.first:
+                kept = 0 if resume == "never" else expected + 3 * 4 * calib.tokens.size * checkpoint.config.hidden_size
+                writer = _open_writer(format, checkpoint, out, plans, recipe, overwrite, expected)
+                unfinished = resuming(out, resume, inputs, overwrite=overwrite, expected_bytes=expected + kept)
+                session = opened.enter_context(unfinished)
+                opened.enter_context(writer)
+            opened.enter_context(hosts.explained())  # innermost: what another process breaks is not this one's input
+            resumed = int(hosts.share("finished", str(session.finished)))
+            job = _Job(checkpoint, plans, layout, hosts, clock, progress, keep=resume != "never")
+            layers = tuple(_layers(job, _chunks(calib, batch), writer, session, resumed))
+            report = _report(job, layers, recipe, calib, inputs, resumed, writer.nbytes if writer else expected)
+            if writer:
+                writer.write_text("awq_jax_report.json", report.to_json())
+                writer.write_text("awq_jax_report.html", quantization_page(checkpoint.path.name, report.to_dict()))
+                writer.write_text("README.md", model_card(checkpoint.path.name, checkpoint.family.name, report))
+        return report
+
+
+@dataclasses.dataclass(frozen=True)
+class _Job:
+    """What stays the same from layer to layer."""
+
+    checkpoint: HFCheckpoint
+    plans: tuple[LayerPlan, ...]
+    layout: Layout
+    hosts: Hosts
+    clock: _Clock
+    progress: Progress | None
+    keep: bool  # finished layers, to resume from
+
+
+def _open_writer(
+    format: str,
+    checkpoint: HFCheckpoint,
+    out: str | pathlib.Path,
+    plans: tuple[LayerPlan, ...],
+    recipe: Recipe,
+    overwrite: bool,
+    expected: int,
+) -> ModelWriter:
+    specs = _specs_of(plans)
+    return open_writer(
         format,
         checkpoint,
         out,
         group_size=next(iter(specs), recipe.quant).group_size,
         symmetric=bool(specs) and all(spec.symmetric for spec in specs),
-        recipe=plain,
+        recipe=dataclasses.asdict(recipe),
         overwrite=overwrite,
         expected_bytes=expected,
     )
-    unfinished = resuming(out, resume, inputs, overwrite=overwrite, expected_bytes=expected + kept)
-    with unfinished as session, writer:
-        resumed = session.finished
-        layers = tuple(_layers(checkpoint, plans, _chunks(calib, batch), layout, writer, session, clock, progress))
-        report = Report(
-            layers=layers,
-            outside=tuple(
-                LinearReport(path=path, method="float", reason=reason, bits=16, group_size=0)
-                for path, reason in checkpoint.outside
-            ),
-            recipe=plain,
-            calibration={
-                "source": calib.source,
-                "samples": len(calib.tokens),
-                "tokens": calib.count,
-                "sha256": calib.digest,
-            },
-            seconds=dict(clock.seconds),
-            peak_memory_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
-            bytes_before=checkpoint.nbytes,
-            bytes_after=writer.nbytes,
-            warnings=calib.notes,
-            inputs=inputs,
-            resumed_layers=resumed,
-        )
-        report = dataclasses.replace(report, warnings=(*report.warnings, *report.starved))
-        writer.write_text("awq_jax_report.json", report.to_json())
-        writer.write_text("awq_jax_report.html", quantization_page(checkpoint.path.name, report.to_dict()))
-        writer.write_text("README.md", model_card(checkpoint.path.name, checkpoint.family.name, report))
-    return report
+
+
+def _report(
+    job: _Job,
+    layers: tuple[LayerReport, ...],
+    recipe: Recipe,
+    calib: Samples,
+    inputs: Mapping[str, str],
+    resumed: int,
+    written: int,
+) -> Report:
+    """Of a run whose layers are all there."""
+    report = Report(
+        layers=layers,
+        outside=tuple(
+            LinearReport(path=path, method="float", reason=reason, bits=16, group_size=0)
+            for path, reason in job.checkpoint.outside
+        ),
+        recipe=dataclasses.asdict(recipe),
+        calibration={
+            "source": calib.source,
+            "samples": len(calib.tokens),
+            "tokens": calib.count,
+            "sha256": calib.digest,
+        },
+        seconds=dict(job.clock.seconds),
+        peak_memory_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        bytes_before=job.checkpoint.nbytes,
+        bytes_after=written,
+        warnings=(*calib.notes, *blocked(job.plans, kernel_shapes(job.checkpoint, job.plans))),
+        inputs=dict(inputs),
+        resumed_layers=resumed,
+    )
+    return dataclasses.replace(report, warnings=(*report.warnings, *report.starved))
+
+
+def _finished(job: _Job, writer: ModelWriter | None, session: Session, resumed: int) -> Iterator[LayerReport]:
+    """Write the layers that an earlier run finished; process 0 has them, the others hear of them."""
+    kept = session.layers()
+    for index in range(resumed):
+        text = None
+        if writer:
+            report, params = next(kept)
+            writer.write_layer(index, params)
+            text = json.dumps(dataclasses.asdict(report), allow_nan=False)
+        report = report_of(json.loads(job.hosts.share(f"finished layer {index}", text)))
+        if job.progress:
+            job.progress(report, len(job.plans))
+        yield report
 
 
 def _layers(
-    checkpoint: HFCheckpoint,
-    plans: tuple[LayerPlan, ...],
-    batches: tuple[np.ndarray, np.ndarray],
-    layout: Layout,
-    writer: ModelWriter,
-    session: Session,
-    clock: _Clock,
-    progress: Progress | None,
+    job: _Job, batches: tuple[np.ndarray, np.ndarray], writer: ModelWriter | None, session: Session, resumed: int
 ) -> Iterator[LayerReport]:
     """Write the layers that are finished, quantize and write the others, one after the other."""
+    checkpoint, layout, clock = job.checkpoint, job.layout, job.clock
     config, (tokens, mask) = checkpoint.config, map(layout.activations, batches)
     with clock.phase("read and write"):
         stem = checkpoint.stem()
-        writer.write_stem(stem)
-        for index, (report, params) in enumerate(session.layers()):
-            writer.write_layer(index, params)
-            if progress:
-                progress(report, len(plans))
-            yield report
+        if writer:
+            writer.write_stem(stem)
+        yield from _finished(job, writer, session, resumed)
         kept = session.state() if session.finished else {}
-    hidden = (
-        layout.activations(kept["hidden"])
-        if kept
-        else jax.jit(embed, static_argnums=0)(config, layout.whole(stem), tokens)
-    )
-    # The two streams part at the first quantized layer.
-    stream = (layout.activations(kept["stream"]) if kept else jnp.copy(hidden)) if plans[0].propagate else None
+    propagate, shape = job.plans[0].propagate, (*batches[0].shape, config.hidden_size)
+    if resumed:
+        hidden = layout.from_first(kept.get("hidden"), shape)
+        stream = layout.from_first(kept.get("stream"), shape) if propagate else None
+    else:
+        hidden = jax.jit(embed, static_argnums=0)(config, layout.whole(stem), tokens)
+        stream = jnp.copy(hidden) if propagate else None  # the two part at the first quantized layer
     del stem, kept
-    measured = max(1, round(MEASURED / tokens[0].size))
+    measured = max(1, round(MEASURED / batches[0][0].size))
     counted = int(batches[1].sum())
-    start = session.finished
-    for index, params in enumerate(_read_ahead(checkpoint, start), start):
-        plan = plans[index]
+    for index, params in enumerate(_read_ahead(checkpoint, resumed), resumed):
+        plan = job.plans[index]
+        job.hosts.meet(f"layer {index}")
         with clock.phase("quantize"):
             params = layout.layer(params)
             at = config.of_layer(index)
@@ -364,14 +443,17 @@ def _layers(
                 params, hidden, mask, stream, config=at, plan=plan, measured=measured, tokens=counted
             )
             hidden, stream = outcome.hidden, outcome.stream
-            outcome = jax.device_get(dataclasses.replace(outcome, hidden=None, stream=None))
+            outcome = layout.fetch(dataclasses.replace(outcome, hidden=None, stream=None))
         _refuse_unusable(index, outcome.layer.params, outcome)
-        with clock.phase("read and write"):
-            writer.write_layer(index, outcome.layer.params)
+        if writer:
+            with clock.phase("read and write"):
+                writer.write_layer(index, outcome.layer.params)
         report = layer_report(index, plan, outcome)
-        with clock.phase("keep for resuming"):
-            streams = {"hidden": hidden} | ({} if stream is None else {"stream": stream})
-            session.commit(report, outcome.layer.params, streams)
-        if progress:
-            progress(report, len(plans))
+        if job.keep:
+            with clock.phase("keep for resuming"):
+                streams = {"hidden": hidden} | ({} if stream is None else {"stream": stream})
+                fetched = {name: layout.fetch_chunks(array) for name, array in streams.items()}
+                session.commit(report, outcome.layer.params, fetched)
+        if job.progress:
+            job.progress(report, len(job.plans))
         yield report

@@ -1,14 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Peak memory and time of quantizing models of growing depth: both are flat per layer.
+"""Peak memory and time of quantizing models of growing depth, and what the dry run says of them before.
 
-    python benchmarks/memory.py --layers 4 16 64
+    python -m benchmarks.memory --layers 4 16 64 --json benchmarks/results/memory.json --svg docs/memory.svg
 
-Each depth is a random Llama-shaped checkpoint, quantized in a process of its own.
+Each depth is a random Llama-shaped checkpoint, quantized in a process of its own. Time is the processor's, of all
+cores, which other work on the machine changes little.
 """
 
 import argparse
 import json
+import os
 import pathlib
+import resource
 import subprocess
 import sys
 import tempfile
@@ -21,6 +24,7 @@ from awq_jax.families import FAMILIES
 from awq_jax.models import config_from_hf, param_shapes
 from awq_jax_convert.keymap import theirs
 from awq_jax_convert.writer import DirectoryWriter
+from benchmarks.memory_plot import plot
 
 HIDDEN, INNER, VOCAB = 512, 2048, 512
 
@@ -58,22 +62,44 @@ def quantize(src: pathlib.Path, out: pathlib.Path) -> dict[str, Any]:
     rng = np.random.default_rng(1)
     lines = [json.dumps({"input_ids": rng.integers(0, VOCAB, 128).tolist()}) for _ in range(16)]
     calib.write_text("\n".join(lines), encoding="utf-8")
-    command = [sys.executable, "-m", "awq_jax.cli", "quantize", str(src), str(out), "--calib", str(calib)]
-    done = subprocess.run([*command, "--json", "--quiet"], capture_output=True, text=True, check=True)
+    return _cli("quantize", str(src), str(out), "--calib", str(calib), "--quiet")
+
+
+def predict(src: pathlib.Path) -> dict[str, Any]:
+    """What the dry run says of `quantize`."""
+    return _cli("quantize", str(src), "unused", "--samples", "16", "--seq-len", "128", "--dry-run")
+
+
+def _cli(*arguments: str) -> dict[str, Any]:
+    # A device of its own: the eight fake ones of a test run would share the work out differently.
+    command = [sys.executable, "-m", "awq_jax.cli", *arguments, "--json"]
+    done = subprocess.run(
+        command, capture_output=True, text=True, check=True, env={**os.environ, "XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"}
+    )
     return json.loads(done.stdout)
 
 
-def measure(layers: int) -> dict[str, Any]:
-    """Peak memory, seconds and bytes of one depth."""
+def _children_s() -> float:
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
+def measure(layers: int, hidden: int = HIDDEN, inner: int = INNER) -> dict[str, Any]:
+    """Peak memory, seconds and bytes of one depth, and the memory that was foretold."""
     with tempfile.TemporaryDirectory() as folder:
         home = pathlib.Path(folder)
-        size = make_checkpoint(home / "src", layers)
+        size = make_checkpoint(home / "src", layers, hidden, inner)
+        said = predict(home / "src")
+        begun = _children_s()
         report = quantize(home / "src", home / "out")
+        used = _children_s() - begun
     return {
         "layers": layers,
         "bytes": size,
         "bytes_per_layer": size // layers,
         "peak_memory_bytes": report["peak_memory_bytes"],
+        "predicted_bytes": said["peak_memory_bytes"],
+        "cpu_s": round(used, 1),
         "seconds": report["seconds"],
     }
 
@@ -82,8 +108,19 @@ def main() -> None:
     """Measure every depth and print one line each."""
     p = argparse.ArgumentParser(description=str(__doc__).splitlines()[0], allow_abbrev=False)
     p.add_argument("--layers", type=int, nargs="+", default=[4, 16])
-    for layers in p.parse_args().layers:
-        print(json.dumps(measure(layers)), flush=True)
+    p.add_argument("--hidden", type=int, default=HIDDEN)
+    p.add_argument("--inner", type=int, default=INNER)
+    p.add_argument("--json", type=pathlib.Path, help="also write the figures there")
+    p.add_argument("--svg", type=pathlib.Path, help="also draw them there")
+    args = p.parse_args()
+    rows = []
+    for layers in args.layers:
+        rows.append(measure(layers, args.hidden, args.inner))
+        print(json.dumps(rows[-1]), flush=True)
+        if args.json:
+            args.json.write_text(json.dumps(rows, indent=1) + "\n")
+    if args.svg:
+        args.svg.write_text(plot(rows))
 
 
 if __name__ == "__main__":

@@ -76,6 +76,12 @@ def _message(error: BaseException) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; 0 success, 1 it failed while working, 2 the arguments or the input are wrong, 130 interrupted."""
+    code = _run(argv)
+    hosts = sys.modules.get("awq_jax.hosts")  # imports jax, which `awq-jax --help` does without
+    return hosts.leave(code) if hosts else code
+
+
+def _run(argv: Sequence[str] | None) -> int:
     args = _parser().parse_args(argv)
     try:
         done = args.run(args) or 0

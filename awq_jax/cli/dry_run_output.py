@@ -43,7 +43,10 @@ def show(found: DryRun, about: dict[str, str], *, as_json: bool) -> None:
         "disk needed": f"{found.disk_bytes / 1e9:.3f} GB, what is kept to resume from included",
         "work": f"{found.flops / 1e12:.2f} TFLOP on {found.tokens} tokens",
         "device memory": f"{found.device_bytes / 1e9:.2f} GB",
+        "of it Gram matrices": f"{found.gram_bytes / 1e9:.2f} GB",
         "host memory": f"{found.host_bytes / 1e9:.2f} GB beside it",
     }
     for name, words in lines.items():
         console.print(f"{name}: {words}", highlight=False)
+    for note in found.notes:
+        console.print(note, highlight=False, soft_wrap=True)

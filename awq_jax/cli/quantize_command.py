@@ -18,6 +18,7 @@ import sys
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
+from awq_jax.cli import joining
 from awq_jax.cli.family_option import add_family
 
 if TYPE_CHECKING:
@@ -93,6 +94,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--no-clip", action="store_true", help="do not search clipping thresholds")
     add(
+        "--gram-limit",
+        type=float,
+        metavar="GB",
+        help="memory of one input's Gram matrix; of a larger one only diagonal blocks are kept, and the report says so "
+        "(an eighth of a device's memory)",
+    )
+    add(
         "--override",
         action="append",
         default=[],
@@ -119,6 +127,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--dry-run", action="store_true", help="print what would be written and what it would cost; write nothing")
     add("--json", action="store_true", help="print the report as JSON on stdout")
     add("--quiet", action="store_true", help="no progress and no summary")
+    joining.add_arguments(parser)
 
 
 def _override(text: str, base: "QuantSpec") -> "tuple[str, QuantSpec | None]":
@@ -157,12 +166,13 @@ def _recipe(args: argparse.Namespace, fmt: str) -> "Recipe":
     )
     rules = tuple(rule(name.strip(), n_grid=args.grid) for name in args.rules.split(","))
     clip = () if args.no_clip else SearchSpec().clip_ratios
+    limit = None if args.gram_limit is None else round(args.gram_limit * 1e9)
     return Recipe(
         quant=quant,
         method=args.method,
         propagate=args.propagate,
         refine=RefineSpec(steps=args.refine) if args.refine else None,
-        search=SearchSpec(rules=rules, objective=args.objective, clip_ratios=clip),
+        search=SearchSpec(rules=rules, objective=args.objective, clip_ratios=clip, gram_limit=limit),
         overrides=tuple(_override(text, quant) for text in args.override),
     )
 
@@ -231,11 +241,13 @@ def run(args: argparse.Namespace) -> int:
     if args.dry_run:
         from awq_jax.cli.dry_run_output import show
         from awq_jax.dry_run import dry_run_directory
+        from awq_jax.sharding import parse_mesh
 
         options = {"samples": args.samples, "seq_len": args.seq_len, "batch": args.batch, "serve_tp": args.serve_tp}
         options |= {"family": args.family}
         kept = args.resume != "never"
-        found = dry_run_directory(args.src, recipe=recipe, format=fmt, keep=kept, **options)
+        mesh = parse_mesh(args.mesh) if args.mesh else None
+        found = dry_run_directory(args.src, recipe=recipe, format=fmt, keep=kept, mesh=mesh, **options)
         show(found, about, as_json=args.json)
         return 0
 
@@ -247,6 +259,10 @@ def run(args: argparse.Namespace) -> int:
     from awq_jax.resume import store_of
     from awq_jax.sharding import parse_mesh
 
+    mesh = parse_mesh(args.mesh) if args.mesh else None
+    several, speaks = joining.join(args)
+    if not speaks:  # another process says what there is to say
+        args.quiet, args.json = True, False
     console = Console(stderr=True, quiet=args.quiet)
     columns = (
         TextColumn("{task.completed}/{task.total}"),
@@ -255,7 +271,7 @@ def run(args: argparse.Namespace) -> int:
         TextColumn("{task.description}"),
     )
     bars = Progress(*columns, console=console, disable=args.quiet or not sys.stderr.isatty())
-    with _kept(store_of(args.out)), stoppable() as stop, bars as bar:
+    with _kept(store_of(args.out)), stoppable() as stop, bars as bar, joining.stdout_kept(several):
         task = bar.add_task("reading and compiling", total=None)
 
         def advance(layer: "LayerReport", layers: int) -> None:
@@ -276,9 +292,10 @@ def run(args: argparse.Namespace) -> int:
             format=fmt,
             overwrite=args.overwrite,
             resume=args.resume,
-            mesh=parse_mesh(args.mesh) if args.mesh else None,
+            mesh=mesh,
             serve_tp=args.serve_tp,
             family=args.family,
+            host_timeout=args.host_timeout,
             progress=advance,
         )
     if not args.quiet:

@@ -18,7 +18,7 @@ def free_port() -> int:
 
 
 def start(
-    count: int, source: Path, out: Path, *options: str, code: str = MAIN, devices: int = 1, timeout: float = 60
+    count: int, source: Path, out: Path, *options: str, code: str = MAIN, devices: int = 1, timeout: float = 300
 ) -> "list[subprocess.Popen[str]]":
     """So many processes with the same command; each has its standard streams."""
     where = f"127.0.0.1:{free_port()}"
@@ -39,7 +39,7 @@ def start(
     ]
 
 
-def ended(processes: "list[subprocess.Popen[str]]", limit_s: float = 120) -> list[tuple[int, str, str]]:
+def ended(processes: "list[subprocess.Popen[str]]", limit_s: float = 600) -> list[tuple[int, str, str]]:
     """Exit code, standard output and error of each; none is left running."""
     try:
         said = [process.communicate(timeout=limit_s) for process in processes]
