@@ -41,13 +41,13 @@ class QuantizedLayer:
       results: a `ScaleResult` per group of the plan, None where nothing of the group is quantized.
       losses: by group, the output error after clipping and rounding, in the unit of ``results[i].losses`` under the
         Gram objective.
-      folded: the layer's tree before rounding, scales folded in.
+      wanted: the layer's tree as it was rounded: scales folded in, weights moved to make up for drift.
     """
 
     params: Any
     results: Any
     losses: Any
-    folded: Any
+    wanted: Any
 
 
 def _search_group(params: Params, plan: GroupPlan, layer: LayerPlan, stats: ActStats, loss: Any) -> ScaleResult:
@@ -63,7 +63,7 @@ def _search_group(params: Params, plan: GroupPlan, layer: LayerPlan, stats: ActS
 
 
 def _round_group(
-    params: Params, plan: GroupPlan, layer: LayerPlan, stats: ActStats | None, drift: Drift | None = None
+    params: Params, plan: GroupPlan, layer: LayerPlan, stats: ActStats | None
 ) -> tuple[Params, Array | None]:
     """Replace the kernels of one group by their quantized form, and say what output error is left.
 
@@ -72,8 +72,8 @@ def _round_group(
     """
     out = dict(params)
     if plan.group.per_expert and stats is not None:
-        one = lambda part, seen, moved: _round_group(part, plan.of_one_expert(), layer, seen, moved)
-        parts, lost = each_expert(one, params, plan.group.sinks, stats, drift)
+        one = lambda part, seen: _round_group(part, plan.of_one_expert(), layer, seen)
+        parts, lost = each_expert(one, params, plan.group.sinks, stats)
         for path in plan.group.sinks:
             out = put(out, path, get(parts, path))
         return out, None if lost is None else lost.sum()
@@ -83,8 +83,6 @@ def _round_group(
         for path, spec, _ in plan.quantized:
             out = put(out, f"{path}/kernel", stacked(quantize(kernels[path], spec), dense[path]))
         return out, None
-    if drift is not None:
-        kernels = {path: realign(weight, drift) for path, weight in kernels.items()}
     ratios = _clip_group(kernels, plan, layer, stats)
     loss = jnp.zeros(())
     for spec in dict.fromkeys(spec for _, spec, _ in plan.quantized):
@@ -102,6 +100,13 @@ def _round_group(
             part = jax.tree.map(lambda leaf, at=columns: leaf[:, at], weight)
             out = put(out, f"{path}/kernel", stacked(part, dense[path]))
     return out, loss
+
+
+def _realigned(params: Params, plan: GroupPlan, drift: Drift) -> Params:
+    """The float kernels of one group, moved to make up for what their inputs have become."""
+    for path, _, _ in plan.quantized:
+        params = put(params, f"{path}/kernel", realign(get(params, path)["kernel"].astype(jnp.float32), drift))
+    return params
 
 
 def _clip_group(kernels: Mapping[str, Array], plan: GroupPlan, layer: LayerPlan, stats: ActStats) -> dict[str, Array]:
@@ -156,14 +161,18 @@ def quantize_layer(
     for group, result in zip(plan.groups, results, strict=True):
         if result is not None and group.group.producer is not None:
             folded = fold_scale(folded, group.group, result.scale, group.tie)
-    done, losses = folded, []
+    done, wanted, losses = folded, folded, []
     for group, result in zip(plan.groups, results, strict=True):
         left = None
         if result is not None:
             rows = group.tie.spread(result.scale) if group.tie else result.scale
             seen = stats[group.group.sinks[0]]
             seen = dataclasses.replace(seen, gram=rescaled(seen.gram, rows))
-            drift = reobserve(folded, done, group) if reobserve else None
-            done, left = _round_group(done, group, plan, drift.stats if drift else seen, drift)
+            if reobserve:
+                drift = reobserve(folded, done, group)
+                wanted, seen = _realigned(wanted, group, drift), drift.stats
+                for path, _, _ in group.quantized:
+                    done = put(done, f"{path}/kernel", get(wanted, path)["kernel"])
+            done, left = _round_group(done, group, plan, seen)
         losses.append(left)
-    return QuantizedLayer(params=done, results=results, losses=tuple(losses), folded=folded)
+    return QuantizedLayer(params=done, results=results, losses=tuple(losses), wanted=wanted)

@@ -141,7 +141,7 @@ def _refined(
         x, wanted, keep = batch
         return jnp.sum(jnp.where(keep[..., None], block(config, params, x) - wanted, 0.0) ** 2)
 
-    params = refine(searched.params, searched.folded, error, batches, how, held=measured)
+    params = refine(searched.params, searched.wanted, error, batches, how, held=measured)
     # A group's own loss no longer says how its weights were chosen.
     return dataclasses.replace(searched, params=params, losses=(None,) * len(searched.losses))
 
@@ -192,7 +192,7 @@ def quantize_and_measure(
     chosen = jax.tree.map(lambda a, b: jnp.where(helped, a, b), searched.params, rounded)
     finite = {tap: jnp.isfinite(s.abs_sum).all() & jnp.isfinite(s.gram).all() for tap, s in stats.items()}
     return LayerOutcome(
-        layer=dataclasses.replace(searched, params=chosen, folded=None),
+        layer=dataclasses.replace(searched, params=chosen, wanted=None),
         hidden=outputs,
         stream=forward(dequantize_tree(chosen), stream) if plan.propagate else None,
         error=error,
