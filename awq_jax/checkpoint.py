@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 
 from awq_jax._manifest import MANIFEST, make_manifest, read_manifest, tree_digests, verify
@@ -24,7 +25,16 @@ __all__ = ["load", "read_part", "save", "write_part"]
 def _checkpointer() -> Any:
     import orbax.checkpoint as ocp  # half a second that other users of this package need not wait for
 
-    return ocp.Checkpointer(ocp.PyTreeCheckpointHandler())
+    if jax.process_count() == 1:
+        return ocp.Checkpointer(ocp.PyTreeCheckpointHandler())
+    # The others are not here: whoever writes or reads does so alone, and orbax must not wait for them.
+    alone = ocp.options.MultiprocessingOptions(
+        primary_host=jax.process_index(),
+        active_processes={jax.process_index()},
+        barrier_sync_key_prefix=f"process {jax.process_index()}",
+    )
+    handler = ocp.PyTreeCheckpointHandler(multiprocessing_options=alone)
+    return ocp.Checkpointer(handler, multiprocessing_options=alone)
 
 
 def _plain(node: Any) -> Any:
