@@ -109,7 +109,9 @@ def observe_experts(
         count=jax.ops.segment_sum(keep.astype(jnp.float32), expert, e),
         abs_sum=jax.ops.segment_sum(magnitude, expert, e),
         abs_max=jnp.maximum(jax.ops.segment_max(magnitude, expert, e), 0.0),
-        gram=jax.lax.scan(add, jnp.zeros((e, *jax.eval_shape(gram_of, tiles[0], block).shape)), (tiles, owner))[0],
+        gram=jax.lax.scan(
+            add, jnp.zeros((e, *jax.eval_shape(lambda tile: gram_of(tile, block), tiles[0]).shape)), (tiles, owner)
+        )[0],
         histogram=bins,
     )
 

@@ -4,6 +4,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+from awq_jax.families._refused import REFUSED
 from awq_jax.families._table import Family as Family
 from awq_jax.families._table import Group as Group
 from awq_jax.families._table import Key as Key
@@ -67,6 +68,11 @@ def by_architecture(architecture: str, hf: Mapping[str, Any] | None = None) -> F
     'qwen2'
     """
     serving = [family for family in FAMILIES.values() if architecture in family.architectures]
+    if architecture in REFUSED:
+        raise ValueError(
+            f"architecture {architecture!r} is not supported: {REFUSED[architecture]}. The decoder has no such "
+            "mechanism, so a table can't describe it."
+        )
     if not serving:
         known = ", ".join(dict.fromkeys(name for family in FAMILIES.values() for name in family.architectures))
         raise ValueError(

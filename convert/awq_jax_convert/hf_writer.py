@@ -10,6 +10,7 @@ import numpy as np
 from awq_jax._qtensor import QTensor
 from awq_jax._tree import leaves
 from awq_jax_convert.codec import WritableCodec
+from awq_jax_convert.fit import refuse_unwritable
 from awq_jax_convert.fused import Whole, wholes
 from awq_jax_convert.hf_config import CONFIG
 from awq_jax_convert.keymap import theirs
@@ -50,6 +51,7 @@ class HFWriter(ModelWriter):
         self._codec = codec
         self._writer.recipe = None if recipe is None else dict(recipe)
         self._linears: dict[str, Scheme | None] = {}  # by Hugging Face's module name; None stays dense
+        self._layers: dict[str, tuple[Scheme | None, int]] = {}  # by our path, with the rows of the weight
 
     def _complete(self) -> None:
         self._writer.write_json(CONFIG, self._config())
@@ -58,11 +60,20 @@ class HFWriter(ModelWriter):
         raw = self._raw_config()
         if self._codec is None:
             return raw
+        refuse_unwritable(self._codec.name, self.source, self._formats())  # who calls `open_writer` may not have
         quantized = {name: scheme for name, scheme in self._linears.items() if scheme is not None}
         # A head that is the embedding is no tensor of its own, but loaders see a linear.
         head = theirs(self.source.family, "lm_head/kernel")[0].rpartition(".")[0]
         dense = {head, *(name for name, scheme in self._linears.items() if scheme is None)}
         return {**raw, "quantization_config": self._codec.skipping(dense, quantized).to_config()}
+
+    def _formats(self) -> dict[str, Scheme | None]:
+        """Of the layers' linears; whole columns are alike whatever their length, and zeros of 8 are no other format."""
+        whole = all(found.group_size == rows for found, rows in self._layers.values() if found is not None)
+        return {
+            path: found and Scheme(found.bits, -1 if whole else found.group_size, False)
+            for path, (found, _) in self._layers.items()
+        }
 
     def write_stem(self, stem: Mapping[str, Any]) -> None:
         """Take everything outside the layers; see `ModelWriter.write_stem`."""
@@ -88,7 +99,9 @@ class HFWriter(ModelWriter):
         name, leaf, path = whole.name, whole.leaf, whole.paths[0]
         module = name.rpartition(".")[0]
         if path.endswith("/kernel"):
-            self._linears[module] = Scheme.of(leaf)
+            self._linears[module] = found = Scheme.of(leaf)
+            if path.startswith("layers/"):
+                self._layers |= dict.fromkeys(whole.paths, (found, leaf.shape[-2]))
         if isinstance(leaf, QTensor):
             if self._codec is None:
                 raise ValueError(f"{path!r} is quantized, and a dense checkpoint was asked for.")

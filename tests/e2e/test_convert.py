@@ -104,6 +104,13 @@ def test_what_a_loader_would_have_to_fuse_is_refused_before_anything_is_written(
     assert [path.name for path in tmp_path.iterdir()] == ["native"]
 
 
+@pytest.mark.parametrize("format", ["autoawq", "compressed-tensors"])
+def test_a_writer_refuses_parts_that_loaders_would_have_to_fuse(llama: Oracle, tmp_path: Path, format: str):
+    with pytest.raises(ValueError, match=r"vLLM makes one weight of these.*layers/0/attn/k in floating point"):
+        rounded(llama.path, tmp_path / "out", format, SPEC, ("attn/k", None))
+    assert not list(tmp_path.iterdir())
+
+
 def test_weights_with_zeros_and_without_go_together(llama: Oracle, tmp_path: Path):
     """A weight whose zeros are all in the middle has none in memory; files have them where another weight does."""
     odd = ("attn/k", QuantSpec(group_size=32, symmetric=True))

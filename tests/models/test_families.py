@@ -48,6 +48,12 @@ def test_an_unknown_architecture_is_refused():
         by_architecture("MambaForCausalLM")
 
 
+@pytest.mark.parametrize("architecture", ["DeepseekV2ForCausalLM", "DeepseekV3ForCausalLM"])
+def test_latent_attention_is_refused_with_its_reason(architecture):
+    with pytest.raises(ValueError, match=rf"'{architecture}' is not supported: .*latent vector \(MLA\).* no experts"):
+        by_architecture(architecture)
+
+
 def test_paths_of_the_groups_exist(checkpoint):
     for index, plan in enumerate(plans_of(checkpoint)):
         layer = checkpoint.layer(index)
