@@ -74,7 +74,7 @@ def _float16_scales(name: str, scale: np.ndarray, round_scales: bool) -> np.ndar
     if not round_scales and not np.array_equal(narrow.astype(np.float32), wide):
         raise ValueError(
             f"the scales of {name!r} are {scale.dtype} and lose precision in float16, the dtype that AutoAWQ stores; "
-            "the codes were rounded against other values. Quantize with scales of float16, convert with --dtype float16 "
+            "the codes were rounded against other values. Quantize with float16 scales, convert with --dtype float16 "
             "(round_scales=True here), or write compressed-tensors, which holds them."
         )
     return narrow
