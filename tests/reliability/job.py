@@ -43,8 +43,10 @@ def moved_codes(one: Path, other: Path) -> tuple[int, int]:
     in bfloat16 they may round to the neighbour.
     """
     codes = moved = 0
-    pairs = zip(*(leaves(open_checkpoint(path).params(None)) for path in (one, other)), strict=True)
-    for (path, a), (_, b) in pairs:
+    wanted, found = (dict(leaves(open_checkpoint(path).params(None))) for path in (one, other))
+    assert wanted.keys() == found.keys()
+    for path, a in wanted.items():
+        b = found[path]
         if isinstance(a, QTensor):
             step = np.abs(unpack_numpy(a.packed).astype(int) - unpack_numpy(b.packed).astype(int))
             codes, moved = codes + step.size, moved + int((step > 0).sum())
