@@ -24,7 +24,8 @@ def _reason(plan: GroupPlan, layer: LayerPlan, tap: str, *, finite: bool, fell_b
     if fell_back:
         return "the search did not lower this layer's output error"
     if not layer.search.rules:
-        return "" if layer.feedback else "the recipe asks for round to nearest"
+        refined = ", refined" if layer.refine else ""
+        return "" if layer.feedback else f"the recipe asks for round to nearest{refined}"
     if plan.group.producer is None:
         return plan.group.reason or "nothing in front of it can absorb a scale"
     return "no candidate was better than round to nearest" if winner == "identity" else ""
