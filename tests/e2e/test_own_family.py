@@ -95,7 +95,20 @@ def test_the_documented_table_reads_quantizes_and_goes_with_the_result(
     assert np.abs(ours - theirs).max() <= rounding(found.config) * np.abs(theirs).max()
 
     out, text = tmp_path / "out", source / "text.txt"
-    calibration = ["--calib", str(text), "--samples", "8", "--seq-len", "48", "--group-size", "16", "--quiet"]
+    calibration = [
+        "--calib",
+        str(text),
+        "--samples",
+        "8",
+        "--seq-len",
+        "48",
+        "--group-size",
+        "16",
+        "--rules",
+        "identity",
+        "--no-clip",
+        "--quiet",
+    ]
     assert main(["quantize", str(source), str(out), "--family", str(table), *calibration]) == 0
     assert (out / FAMILY_FILE).read_text() == RENAMED
     assert "decoder.blocks.1.attn.wkv.qweight" in load_file(out / "model.safetensors")
