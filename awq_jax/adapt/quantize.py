@@ -45,8 +45,14 @@ def specs_of(table: Table, recipe: Recipe) -> dict[str, QuantSpec | None]:
     """The format of each weight by the recipe's overrides; globs match a leaf's path, or its module's.
 
     Raises:
-      ValueError: a group size does not divide a weight's contraction dimension, or a glob matches nothing.
+      ValueError: a group size does not divide a weight's contraction dimension, a glob matches nothing, or the recipe
+        asks for refinement.
     """
+    if recipe.refine is not None:
+        raise ValueError(
+            "Recipe.refine trains each layer on its own output, and a tree of parameters says nothing of layers. Leave it "
+            "out here; quantize_checkpoint has it."
+        )
     specs: dict[str, QuantSpec | None] = {}
     used: set[str | None] = set()
     for path in table.weights:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from awq_jax import QuantSpec, Recipe, SearchSpec, adapt, rule
+from awq_jax import QuantSpec, Recipe, RefineSpec, SearchSpec, adapt, rule
 from awq_jax.adapt import Group
 from awq_jax.adapt.kernel import QKernel
 from tests.adapters.models import INNER, D, mlp, mlp_params
@@ -141,6 +141,11 @@ def test_what_cannot_be_quantized_is_named(x):
 def test_mistakes_are_named_before_any_work(table, stats, overrides, message):
     with pytest.raises(ValueError, match=message):
         adapt.quantize_params(mlp_params(), stats, table, dataclasses.replace(RECIPE, overrides=overrides))
+
+
+def test_refinement_needs_layers(table, stats):
+    with pytest.raises(ValueError, match=r"Recipe.refine .* quantize_checkpoint has it"):
+        adapt.quantize_params(mlp_params(), stats, table, dataclasses.replace(RECIPE, refine=RefineSpec()))
 
 
 def test_a_sink_left_in_float_is_scaled_all_the_same(x, table, stats):
