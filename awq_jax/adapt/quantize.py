@@ -50,8 +50,8 @@ def specs_of(table: Table, recipe: Recipe) -> dict[str, QuantSpec | None]:
     """
     if recipe.refine is not None:
         raise ValueError(
-            "Recipe.refine trains each layer on its own output, and a tree of parameters says nothing of layers. Leave it "
-            "out here; quantize_checkpoint has it."
+            "Recipe.refine trains each layer on its own output, and a tree of parameters says nothing of layers. "
+            "Leave it out here; quantize_checkpoint has it."
         )
     specs: dict[str, QuantSpec | None] = {}
     used: set[str | None] = set()
