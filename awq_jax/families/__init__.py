@@ -78,8 +78,9 @@ def by_architecture(architecture: str, hf: Mapping[str, Any] | None = None) -> F
         raise ValueError(
             f"architecture {architecture!r} is not supported; these are: {known}. If it is one of them under another "
             "name, say which family: --family llama. A decoder-only model of the same mechanisms with other names "
-            "needs a table, a TOML file of about twenty lines: --family my_table.toml. docs/families.md tells how to "
-            "write it, and `awq-jax families` lists the tables there are."
+            "needs a table, a TOML file of about twenty lines: --family my_table.toml, or awq_jax_family.toml in the "
+            "directory, where every command finds it. docs/families.md tells how to write it, and `awq-jax families` "
+            "lists the tables there are."
         )
     for family in serving:
         said = {**dict(family.defaults), **(hf or {})}
