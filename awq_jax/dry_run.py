@@ -152,7 +152,7 @@ def _step_bytes(
 ) -> int:
     """What the compiled step of a layer holds on one device."""
     config = checkpoint.config
-    hidden = layout.activations(jax.ShapeDtypeStruct((*chunks, config.hidden_size), jnp.float32))
+    hidden = layout.hidden(jax.ShapeDtypeStruct((*chunks, config.hidden_size), jnp.float32))
     mask = layout.activations(jax.ShapeDtypeStruct(chunks, jnp.bool_))
     stream = hidden if plan.propagate else None
     count, b, t = chunks

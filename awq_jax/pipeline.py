@@ -428,7 +428,7 @@ def _layers(
         hidden = layout.from_first(kept.get("hidden"), shape)
         stream = layout.from_first(kept.get("stream"), shape) if propagate else None
     else:
-        hidden = jax.jit(embed, static_argnums=0)(config, layout.whole(stem), tokens)
+        hidden = layout.hidden(jax.jit(embed, static_argnums=0)(config, layout.whole(stem), tokens))
         stream = jnp.copy(hidden) if propagate else None  # the two part at the first quantized layer
     del stem, kept
     measured = max(1, round(MEASURED / batches[0][0].size))
@@ -442,7 +442,8 @@ def _layers(
             outcome = quantize_and_measure(
                 params, hidden, mask, stream, config=at, plan=plan, measured=measured, tokens=counted
             )
-            hidden, stream = outcome.hidden, outcome.stream
+            hidden = layout.hidden(outcome.hidden)
+            stream = None if outcome.stream is None else layout.hidden(outcome.stream)
             outcome = layout.fetch(dataclasses.replace(outcome, hidden=None, stream=None))
         _refuse_unusable(index, outcome.layer.params, outcome)
         if writer:

@@ -91,17 +91,32 @@ class Layout:
     def _put(self, array: Any, *spec: Any) -> Any:
         if self._mesh is None:
             return array if isinstance(array, jax.ShapeDtypeStruct) else jnp.asarray(array)
-        place = NamedSharding(self._mesh, P(*spec))
+        place = NamedSharding(self._mesh, P(*map(self._used, spec)))
         if isinstance(array, jax.ShapeDtypeStruct):
             return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=place)
+        if isinstance(array, jax.Array) and array.sharding.is_equivalent_to(place, array.ndim):
+            return array
         if place.is_fully_addressable:
             return jax.device_put(array, place)
+        if isinstance(array, jax.Array) and not array.is_fully_addressable:
+            return jax.jit(lambda whole: whole, out_shardings=place)(array)
         host = np.asarray(array)
         return jax.make_array_from_callback(host.shape, place, lambda part: host[part])
+
+    def _used(self, axes: Any) -> Any:
+        """Mesh axes that have more than one device, as the compiler names them: others would compile anew."""
+        names = (axes,) if isinstance(axes, str) else axes or ()
+        used = tuple(name for name in names if self._sizes[name] > 1)
+        return used if len(used) > 1 else used[0] if used else None
 
     def activations(self, array: Any) -> Any:
         """``[chunks, b, ...]``, spread over b."""
         return self._put(array, None, ("data", "fsdp"))
+
+    def hidden(self, array: Any) -> Any:
+        """``[chunks, b, t, d]``, spread over b, and over d as a layer's output comes: one compilation serves all."""
+        columns = "model" if array.shape[-1] % self._sizes["model"] == 0 else None
+        return self._put(array, None, ("data", "fsdp"), None, columns)
 
     def fetch(self, tree: Any) -> Any:
         """A tree on the host; with several processes all must ask, and each gets all of it."""
@@ -110,12 +125,12 @@ class Layout:
         return jax.device_get(tree)
 
     def from_first(self, array: np.ndarray | None, shape: Sequence[int]) -> Any:
-        """`activations` of float32 that only process 0 has; sent by bits, for a sum would lose the sign of zeros."""
+        """`hidden` of float32 that only process 0 has; sent by bits, for a sum would lose the sign of zeros."""
         if self._mesh is not None and self._processes > 1:
             whole = np.zeros(shape, np.uint32) if array is None else array.view(np.uint32)
             sent = (np.asarray(multihost_utils.broadcast_one_to_all(chunk)) for chunk in whole)
             array = np.stack(list(sent)).view(np.float32)
-        return self.activations(array)
+        return self.hidden(array)
 
     def fetch_chunks(self, array: jax.Array) -> np.ndarray:
         """`fetch` of ``[chunks, b, ...]``, one chunk on each device at a time."""

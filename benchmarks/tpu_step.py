@@ -122,7 +122,7 @@ def _child(case: str) -> dict[str, Any]:
     tokens = chunks[0] * chunks[1] * chunks[2]
     traced = quantize_and_measure.trace(
         layout.layer(tree),
-        layout.activations(jax.ShapeDtypeStruct((*chunks, config.hidden_size), jnp.float32)),
+        layout.hidden(jax.ShapeDtypeStruct((*chunks, config.hidden_size), jnp.float32)),
         layout.activations(jax.ShapeDtypeStruct(chunks, jnp.bool_)),
         None,
         config=config.of_layer(0),
