@@ -62,14 +62,32 @@ def nothing_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_70b(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
     nothing_is_read(monkeypatch)
     source = hollow(tmp_path / "70b", LLAMA_70B)
-    assert main(["quantize", str(source), str(tmp_path / "out"), "--dry-run", "--json", "--serve-tp", "8"]) == 0
+    assert (
+        main(
+            [
+                "quantize",
+                str(source),
+                str(tmp_path / "out"),
+                "--dry-run",
+                "--json",
+                "--serve-tp",
+                "8",
+                "--gram-limit",
+                "1",
+            ]
+        )
+        == 0
+    )
     found = json.loads(capsys.readouterr().out)
     assert not (tmp_path / "out").exists()
     assert found["bytes_before"] == 2 * 70_553_706_496  # the model's own count of parameters, in bfloat16
     assert 0.27 * found["bytes_before"] < found["bytes_after"] < 0.3 * found["bytes_before"]
     assert len(found["layers"]) == 80
-    # The widest Gram matrix alone, and the hidden states of 65,536 tokens, which are there whatever is done.
-    assert found["device_bytes"] > 4 * 28672**2 + 4 * 65536 * 8192
+    # Three inputs of 8,192, and of the widest one blocks of 7,168 rows, the largest that take less than 1 GB.
+    assert found["gram_bytes"] == 4 * (3 * 8192**2 + 28672 * 7168)
+    assert len(found["notes"]) == 1 and "28672 inputs blocks of 7168 rows" in found["notes"][0]
+    # They are there whatever is done, and the hidden states of 65,536 tokens.
+    assert found["device_bytes"] > found["gram_bytes"] + 4 * 65536 * 8192
     assert found["disk_bytes"] > 2 * found["bytes_after"]
     assert main(["quantize", str(source), str(tmp_path / "out"), "--dry-run", "--serve-tp", "3"]) == 2
     assert "straddle devices" in capsys.readouterr().err
