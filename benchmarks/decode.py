@@ -1,23 +1,29 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One decode step of a whole model on a TPU that is not here, by its compiler, against the least bfloat16 needs.
+"""One decode step of a whole model on TPUs that are not here, by their compiler, against the least bfloat16 needs.
 
-    python benchmarks/decode.py --gen v5e,v6e --batch 1,16 --context 512 [--int4-head] [--int8-cache] [--memory]
+    python benchmarks/decode.py --slices v6e-1,v5e-4 --batch 1,4,16 --context 512,2048 --cache bfloat16,int8
 
-The model is config only: Llama 3 8B's shapes, abstract weights. libtpu compiles the step that serving runs
-(`awq_jax.serving.steps`), 1 and 2 layers deep; layers are alike, so ``t = t(1) + (layers - 1) * (t(2) - t(1))``. The
-time of one depth is the sum over the operations of the compiled step, one after the other:
+The model is config only: Llama 3 8B's shapes, abstract weights, groups of 128 with zero points, an INT4 head. A slice
+of several chips shares heads and widths. libtpu compiles the step that serving runs (`awq_jax.serving.steps`), 1 and 2
+layers deep; layers are alike, so ``t = t(1) + (layers - 1) * (t(2) - t(1))``. The time of one depth is the sum over the
+operations of the compiled step, one after the other:
 
-* the INT4 kernel by `awq_jax_kernels.bench.cost.kernel_cost`, which docs/kernels-tpu.md explains;
+* the kernels by the models of `awq_jax_kernels.bench.cost`, `.decode_attention.cost` and `.add_norm.cost`, all of 16
+  rows, so that small batches are not flattered;
 * every other operation by the larger of XLA's own estimate and the bytes it moves in HBM over the bandwidth;
-* a scatter into the cache, of which XLA gives no estimate, by one latency of 600 cycles for each row.
+* XLA gives no estimate of gathers and scatters (600 cycles a row are taken) and none of collectives: an all-reduce is
+  taken for ``HOP_US (chips - 1) + 2 bytes / ICI``, which is an assumption and not the compiler's.
 
 The bound is a bfloat16 model's with a bfloat16 cache of the same context, which no program reaches: the bytes of
-weights and cache over the bandwidth, or the products at the peak rate. ``--memory`` compiles decode of all layers,
-eight tokens to a dispatch, and says what it holds in HBM.
+weights and cache over the bandwidth of all chips, or the products at their peak rate, and no communication.
+
+``--whole SLICE`` compiles decode of all layers, eight tokens to a dispatch, and says what a chip holds.
 """
 
 import argparse
+import concurrent.futures
 import dataclasses
+import functools
 import json
 import math
 import os
@@ -25,113 +31,173 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from awq_jax.models import param_shapes
+from awq_jax.serving.abstract import LLAMA_8B as C
+from awq_jax_kernels.add_norm import cost as norm_cost
+from awq_jax_kernels.aot.tpu import _environment, compile_programs
+from awq_jax_kernels.bench.cost import kernel_cost, program
+from awq_jax_kernels.chips import TPUS
+from awq_jax_kernels.decode_attention import cost as attention_cost
+from awq_jax_kernels.decode_attention.form import Form
+from awq_jax_kernels.int4_matmul.config import for_tpu
+
 BYTES = {"bf16": 2, "f32": 4, "s32": 4, "u32": 4, "s8": 1, "u8": 1, "pred": 1, "s4": 0.5, "f16": 2, "s16": 2}
 SHAPE = re.compile(r"(\w+)\[([\d,]*)\](\{[^}]*\})?")
-LATENCY = 600  # cycles, as in the kernel's model
+LATENCY = 600  # cycles, as in the kernels' models
+LAUNCH = 2100  # cycles that XLA charges an operation for being started
+TOPOLOGIES = {("v5e", 4): "v5e:2x2", ("v5e", 8): "v5e:2x4", ("v6e", 4): "v6e:2x2", ("v6e", 8): "v6e:2x4"}
+TOPOLOGIES |= {("v5p", 4): "v5p:2x2x1"}
+ICI_GB_S = {"v5e": 200.0, "v6e": 448.0, "v5p": 600.0}  # of a chip, the vendor's figure
+HOP_US = 1.0
+ROWS = 16
 
 
 @dataclasses.dataclass(frozen=True)
-class Case:
-    """One step: its TPU, its depth, and serving's options."""
+class Slice:
+    """Chips of one generation that share a model."""
 
     gen: str
-    batch: int
-    context: int
-    int4_head: bool
-    int8_cache: bool
+    chips: int
+
+    @classmethod
+    def of(cls, name: str) -> "Slice":
+        """From a name such as "v6e-4"."""
+        gen, _, chips = name.partition("-")
+        return cls(gen, int(chips))
 
 
 def main() -> int:
     """Print a row for each case."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--gen", default="v5e,v6e")
-    parser.add_argument("--batch", default="1,16")
-    parser.add_argument("--context", type=int, default=512)
-    parser.add_argument("--int4-head", action="store_true")
-    parser.add_argument("--int8-cache", action="store_true")
-    parser.add_argument("--memory", action="store_true")
+    parser.add_argument("--slices", default="v6e-1,v6e-4,v6e-8,v5e-4,v5e-8,v5p-4")
+    parser.add_argument("--batch", default="1,4,16")
+    parser.add_argument("--context", default="512,2048")
+    parser.add_argument("--cache", default="bfloat16,int8")
+    parser.add_argument("--json", type=Path, help="write the rows there too")
+    parser.add_argument("--whole", metavar="SLICE")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child:
         compile_here(**json.loads(args.child))
         return 0
-    for gen in args.gen.split(","):
-        for batch in map(int, args.batch.split(",")):
-            case = Case(gen, batch, args.context, args.int4_head, args.int8_cache)
-            print(json.dumps(memory(case) if args.memory else speed(case)), flush=True)
+    if args.whole:
+        print(json.dumps(compiled(Slice.of(args.whole), C.num_layers, steps=8)))
+        return 0
+    numbers = lambda text: [int(n) for n in text.split(",")]
+    rows = []
+    print(
+        "| slice | batch | context | cache | products | attention | rest | chips talk | INT4, ms | bound | speed-up |"
+    )
+    print("|---|---|---|---|---|---|---|---|---|---|---|")
+    for name in args.slices.split(","):
+        for row in cases(Slice.of(name), numbers(args.batch), numbers(args.context), args.cache.split(",")):
+            print(f"| {name} | {' | '.join(str(row[key]) for key in SHOWN)} |", flush=True)
+            rows.append({"slice": name, **row})
+    if args.json:
+        args.json.write_text(json.dumps(rows, indent=1) + "\n")
     return 0
 
 
-def speed(case: Case) -> dict[str, Any]:
-    """Milliseconds of a step and its parts."""
-    from awq_jax.serving.abstract import LLAMA_8B
-
-    depth = LLAMA_8B.num_layers
-    one, two = (compiled(case, layers, steps=0) for layers in (1, 2))
-    sizes = kernels(case)
-    each, head = sum(us for _, us in sizes[:4]), sum(us for _, us in sizes[4:])
-    wanted = 8 + case.int4_head
-    if two["kernels"] != wanted:
-        raise RuntimeError(f"{case}: two layers have {two['kernels']} kernels, not {wanted}.")
-    us = lambda key: one[key] + (depth - 1) * (two[key] - one[key])
-    total = depth * each + head + us("xla_us")
-    least = bound_us(case)
-    return {
-        **dataclasses.asdict(case),
-        "int4_ms": round(total / 1e3, 3),
-        "kernels_ms": round((depth * each + head) / 1e3, 3),
-        "xla_ms": round(us("xla_us") / 1e3, 3),
-        "bf16_bound_ms": round(least / 1e3, 3),
-        "speedup": round(least / total, 2),
-        "speedup_without_launches": round(least / (total - us("floor_us")), 2),
-        "xla_operations_of_a_layer": two["operations"] - one["operations"],
-        "temp_mb": round(two["temp_bytes"] / 1e6, 1),
-    }
+SHOWN = ("batch", "context", "cache", "products_ms", "attention_ms", "rest_ms", "collectives_ms", "int4_ms")
+SHOWN = (*SHOWN, "bf16_bound_ms", "speedup")
 
 
-def memory(case: Case) -> dict[str, Any]:
-    """What decode of the whole depth holds in HBM."""
-    from awq_jax.serving.abstract import LLAMA_8B
+def cases(where: Slice, batches: list[int], contexts: list[int], caches: list[str]) -> Iterator[dict[str, Any]]:
+    """A row for each batch, context and cache of one slice."""
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        one, two = pool.map(lambda layers: compiled(where, layers, steps=0), (1, 2))
+    if two["kernels"] - one["kernels"] != 7:  # four products, attention, two norms
+        raise RuntimeError(f"{where}: one layer has {one['kernels']} kernels and two have {two['kernels']}.")
+    matrices = products(where)
+    cores = {dtype: attention_cost.core_of(where.gen, form(where, ROWS, 512, dtype)) for dtype in caches}
+    norms = (2 * C.num_layers + 1) * norm_cost.microseconds(where.gen, ROWS, C.hidden_size)
+    all_layers = lambda key: one[key] + (C.num_layers - 1) * (two[key] - one[key])
+    for batch in batches:
+        *layer, head = [product(batch) for product in matrices]
+        matmuls = C.num_layers * sum(layer) + head
+        talk = 0.0
+        if where.chips > 1:
+            moved = 4 * batch * C.hidden_size / ICI_GB_S[where.gen] / 1e3
+            talk = (2 * C.num_layers + 2) * HOP_US * (where.chips - 1) + 2 * C.num_layers * moved
+        for context in contexts:
+            for dtype in caches:
+                attention = C.num_layers * attention_cost.microseconds(
+                    where.gen, form(where, batch, context, dtype), cores[dtype]
+                )
+                rest = norms + all_layers("xla_us")
+                total, least = matmuls + attention + rest + talk, bound_us(where, batch, context)
+                ms = lambda us: round(us / 1e3, 2)
+                yield {
+                    "batch": batch,
+                    "context": context,
+                    "cache": dtype,
+                    "products_ms": ms(matmuls),
+                    "attention_ms": ms(attention),
+                    "rest_ms": ms(rest),
+                    "collectives_ms": ms(talk),
+                    "int4_ms": ms(total),
+                    "bf16_bound_ms": ms(least),
+                    "speedup": f"{least / total:.2f}x",
+                    "speedup_without_launches": round(least / (total - all_layers("launch_us")), 2),
+                    "head_ms": ms(head),
+                    "temp_mb": round(two["temp_bytes"] / 1e6, 1),
+                    "chip_gb": round(held_bytes(where, batch, context, dtype) / 1e9, 2),
+                }
 
-    held = compiled(case, LLAMA_8B.num_layers, steps=8)
-    return {**dataclasses.asdict(case), **{key: held[key] for key in ("argument_bytes", "temp_bytes", "kernels")}}
+
+def form(where: Slice, batch: int, context: int, dtype: str) -> Form:
+    """The attention of one chip."""
+    heads, kv = C.num_heads // where.chips, C.num_kv_heads // where.chips
+    return Form(batch, heads, kv, C.head_dim, context, context, dtype, C.head_dim**-0.5, None, None)
 
 
-def bound_us(case: Case) -> float:
+def products(where: Slice) -> list[Callable[[int], float]]:
+    """Microseconds by batch of a layer's four products on one chip, and of the head's."""
+    kv, n = C.num_kv_heads * C.head_dim, where.chips
+    wide, inner, d = C.num_heads * C.head_dim, C.intermediate_size, C.hidden_size
+    vocab = C.vocab_size if n == 1 else (C.vocab_size + -C.vocab_size % (512 * n)) // n
+    shapes = [(d, (wide + 2 * kv) // n), (wide // n, d), (d, 2 * inner // n), (inner // n, d), (d, vocab)]
+    configs = [for_tpu(TPUS[where.gen], ROWS, *shape, 128, zeros=True, exact=False) for shape in shapes]
+    programs = [
+        program("ours", still=True, config=vars(config), m=ROWS, k=k, n=n, g=128)
+        for config, (k, n) in zip(configs, shapes, strict=True)
+    ]
+    stills = compile_programs(programs, where.gen)
+    if errors := [still.error for still in stills if still.error]:
+        raise RuntimeError(f"{where}: {errors[0]}")
+
+    def cost(config: Any, still: Any, k: int, n: int, batch: int) -> float:
+        return kernel_cost(where.gen, config, still, batch, k, n, 128, zeros=True).us
+
+    return [functools.partial(cost, c, still, *shape) for c, still, shape in zip(configs, stills, shapes, strict=True)]
+
+
+def bound_us(where: Slice, batch: int, context: int) -> float:
     """The least that a bfloat16 step can take."""
-    from awq_jax.models import param_shapes
-    from awq_jax.serving.abstract import LLAMA_8B
-    from awq_jax_kernels.chips import TPUS
-
-    c, tpu = LLAMA_8B, TPUS[case.gen]
-    weights = sum(math.prod(s) for path, s in param_shapes(c).items() if path.endswith("kernel"))
-    cache = 2 * c.num_layers * case.batch * case.context * c.num_kv_heads * c.head_dim
-    return max(2 * (weights + cache) / tpu.hbm_gb_s, 2 * case.batch * weights / tpu.bf16_tflop_s / 1e3) / 1e3
+    tpu = TPUS[where.gen]
+    weights = sum(math.prod(s) for path, s in param_shapes(C).items() if path.endswith("kernel"))
+    cache = 2 * C.num_layers * batch * context * C.num_kv_heads * C.head_dim
+    both = max(2 * (weights + cache) / tpu.hbm_gb_s, 2 * batch * weights / tpu.bf16_tflop_s / 1e3)
+    return both / 1e3 / where.chips
 
 
-def kernels(case: Case) -> list[tuple[tuple[int, int], float]]:
-    """(k, n) and microseconds of a layer's four products, and of the head where it is INT4."""
-    from awq_jax.serving.abstract import LLAMA_8B as C
-    from awq_jax_kernels.bench.report import static_rows
-
-    wide, narrow = C.num_heads * C.head_dim, C.num_kv_heads * C.head_dim
-    shapes = [(C.hidden_size, wide + 2 * narrow), (wide, C.hidden_size)]
-    shapes += [(C.hidden_size, 2 * C.intermediate_size), (C.intermediate_size, C.hidden_size)]
-    shapes += [(C.hidden_size, C.vocab_size)] * case.int4_head
-    rows = static_rows(case.gen, shapes, [case.batch], others=False)
-    return [((row.k, row.n), float(row.us[0] or 0)) for row in rows]
+def held_bytes(where: Slice, batch: int, context: int, dtype: str) -> float:
+    """What a chip holds beside temporaries: its share of INT4 weights and cache, and all of the embedding."""
+    weights = (0.5 + 3 / 128) * sum(math.prod(s) for path, s in param_shapes(C).items() if path.endswith("kernel"))
+    width = 1 + 4 / C.head_dim if dtype == "int8" else 2
+    cache = 2 * C.num_layers * batch * context * C.num_kv_heads * C.head_dim * width
+    return (weights + cache) / where.chips + 2 * C.vocab_size * C.hidden_size
 
 
-def compiled(case: Case, layers: int, steps: int) -> dict[str, Any]:
+def compiled(where: Slice, layers: int, steps: int) -> dict[str, Any]:
     """What libtpu says, from a child: it reads its flags once, when it loads."""
-    from awq_jax_kernels.aot.tpu import _environment
-
     with tempfile.TemporaryDirectory(prefix="awq_jax_decode_") as folder:
         out = Path(folder, "out.json")
-        request = {"case": dataclasses.asdict(case), "layers": layers, "steps": steps, "out": str(out)}
+        request = {"gen": where.gen, "chips": where.chips, "layers": layers, "steps": steps, "out": str(out)}
         env = {**os.environ, **_environment(Path(folder), False), "LIBTPU_INIT_ARGS": ""}
         done = subprocess.run([sys.executable, __file__, "--child", json.dumps(request)], env=env, capture_output=True)
         if done.returncode:
@@ -139,71 +205,59 @@ def compiled(case: Case, layers: int, steps: int) -> dict[str, Any]:
         return json.loads(out.read_text())
 
 
-def compile_here(case: dict[str, Any], layers: int, steps: int, out: str) -> None:
-    """The child."""
-    import jax
+def compile_here(gen: str, chips: int, layers: int, steps: int, out: str) -> None:
+    """The child: 16 sequences over a bfloat16 cache of 512 positions."""
     from jax.experimental import topologies
-    from jax.sharding import SingleDeviceSharding
 
     from awq_jax.serving.abstract import decode_program
     from awq_jax_kernels.aot.schedule import kernel_names
-    from awq_jax_kernels.chips import TPUS
 
-    gen, tpu = case["gen"], TPUS[case["gen"]]
-    narrow = {"chips_per_host_bounds": [1, 1, 1]} if tpu.single_chip else {}
-    device = topologies.get_topology_desc(tpu.topology, platform="tpu", **narrow).devices[0]
-    options = {key: case[key] for key in ("int4_head", "int8_cache")}
-    step, shapes = decode_program(gen, layers, case["batch"], case["context"], steps=steps, **options)
-    place = lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=SingleDeviceSharding(device))
-    program = step.trace(*jax.tree.map(place, shapes)).lower(lowering_platforms=("tpu",)).compile()
+    tpu = TPUS[gen]
+    narrow = {"chips_per_host_bounds": [1, 1, 1]} if chips == 1 and tpu.single_chip else {}
+    name = TOPOLOGIES[gen, chips] if chips > 1 else tpu.topology
+    devices = topologies.get_topology_desc(name, platform="tpu", **narrow).devices[:chips]
+    step, shapes = decode_program(gen, devices, layers, ROWS, 512, steps=steps, int4_head=True, int8_cache=False)
+    program = step.trace(*shapes).lower(lowering_platforms=("tpu",)).compile()
     held: Any = program.memory_analysis()
     hlo = program.as_text() or ""
-    xla_us, floor_us, operations = xla_time(hlo, tpu, case["batch"])
+    xla_us, launch_us = xla_time(hlo, tpu)
     found = {
         "temp_bytes": held.temp_size_in_bytes,
         "argument_bytes": held.argument_size_in_bytes,
+        "alias_bytes": held.alias_size_in_bytes,
         "kernels": len(kernel_names(hlo)),
         "xla_us": xla_us,
-        "floor_us": floor_us,
-        "operations": operations,
+        "launch_us": launch_us,
     }
     Path(out).write_text(json.dumps(found))
 
 
-def xla_time(hlo: str, tpu: Any, batch: int) -> tuple[float, float, int]:
-    """Microseconds of all operations but kernels; XLA's charge of 2,100 cycles for starting each; how many there are.
+def xla_time(hlo: str, tpu: Any) -> tuple[float, float]:
+    """Microseconds of all operations but kernels and collectives, and what of it XLA charges for starting them.
 
-    Bytes are those of operands and results outside VMEM. Of the copies into it that run beside other work, those of the
-    cache count in full.
+    Bytes are those of operands and results outside VMEM. Copies that run beside other work bring weights to a kernel,
+    and are in its own figure.
     """
     shapes: dict[str, float] = {}
-    total = floor = 0.0
-    count = 0
+    total = launches = 0.0
     for line in hlo[hlo.find("ENTRY ") :].splitlines():
         match = re.match(r"\s*(?:ROOT )?(%[\w.\-]+) = (.*?) ([\w\-]+)\((.*)", line)
         if not match:
             continue
         name, result, kind, rest = match.groups()
         shapes[name] = in_hbm(result)
-        estimate = re.search(r'"estimated_cycles":"(\d+)"', line)
-        if kind in ("parameter", "tuple", "get-tuple-element", "bitcast") or "tpu_custom_call" in line:
+        if kind.endswith(("-start", "-done")) or "custom-call" in kind:
             continue
-        cycles = int(estimate[1]) if estimate else 0
-        if "scatter" in name and not cycles:
-            cycles = LATENCY * batch
-            hbm = 0.0
-        else:
+        estimate = re.search(r'"estimated_cycles":"(\d+)"', line)
+        cycles, hbm = int(estimate[1]) if estimate else 0, 0.0
+        if not cycles and re.search("gather|scatter|dynamic", name) and "all-" not in name:
+            cycles = LATENCY * ROWS
+        elif cycles or kind == "copy":
             operands = re.findall(r"%[\w.\-]+", rest.split("), ")[0])
             hbm = shapes[name] + sum(shapes.get(operand, 0.0) for operand in operands)
-        if kind.endswith("-start"):  # weights on their way to a kernel are in the kernel's own figure
-            hbm = in_hbm(result) if re.search(r"\[\d+,\d+,\d+,\d+\]", result) else 0.0
-        elif not cycles and kind != "copy":
-            continue
         total += max(cycles / tpu.clock_ghz, hbm / tpu.hbm_gb_s) / 1e3
-        if estimate and cycles >= 2100:
-            count += 1
-            floor += 2100 / tpu.clock_ghz / 1e3
-    return total, floor, count
+        launches += LAUNCH / tpu.clock_ghz / 1e3 if estimate and cycles >= LAUNCH else 0.0
+    return total, launches
 
 
 def in_hbm(result: str) -> float:

@@ -8,6 +8,7 @@ They are StableHLO with the kernels inside; `loader.py` beside them runs them wi
 
 import argparse
 import pathlib
+import sys
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -40,5 +41,11 @@ def run(args: argparse.Namespace) -> int:
         int4_head=args.int4_head,
     )
     size = sum(file.stat().st_size for file in args.out.iterdir())
+    if args.platform == "cuda" and manifest["product"] == "xla":
+        print(
+            "the INT4 product in it is XLA's, which is slower than the GPU kernel: that one is staged only on a "
+            "machine that has a GPU. Export there to get it, or serve with vLLM.",
+            file=sys.stderr,
+        )
     print(f"{args.out}: decode and {len(manifest['prefill'])} prefills for {args.platform}, {size / 1e6:.1f} MB")
     return 0

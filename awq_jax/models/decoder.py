@@ -79,7 +79,10 @@ class Decoder(nnx.Module):
 
     def head(self, h: Float[Array, "b t d"]) -> Float[Array, "b t v"]:
         """Final norm and output projection, float32."""
-        h = self.norm(h)
+        return self.logits(self.norm(h))
+
+    def logits(self, h: Float[Array, "b t d"]) -> Float[Array, "b t v"]:
+        """Output projection of what is normed, float32."""
         logits = self.embed.attend(h) if self.lm_head is None else self.lm_head(h)
         logits, cap = logits.astype(jnp.float32), self.config.logit_softcap
         return logits if cap is None else cap * jnp.tanh(logits / cap)

@@ -3,15 +3,19 @@
 
 import dataclasses
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, SingleDeviceSharding
 
 from awq_jax._qtensor import QTensor
 from awq_jax._tree import put
 from awq_jax.models import DecoderConfig, param_shapes
 from awq_jax.serving.fuse import fuse
+from awq_jax.serving.sharding import shapes_on, sharded_step
 from awq_jax.serving.steps import advance, decode, empty_slots
 from awq_jax_kernels.chips import TPUS
 
@@ -62,6 +66,12 @@ def abstract_params(
     return put(fused, "layers", {str(i): fused["layers"][str(i)] for i in range(config.num_layers)})
 
 
+def _padded(shares: int, leaf: Any) -> Any:
+    """A shape as `awq_jax.serving.sharding.padded` makes it."""
+    *rows, n = leaf.shape
+    return jax.ShapeDtypeStruct((*rows, n + -n % (512 * shares)), leaf.dtype)
+
+
 def traced_for(generation: str, function: Any) -> Any:
     """The function, traced as for a TPU that is not here, so that kernels take its tuned block sizes.
 
@@ -82,12 +92,21 @@ def traced_for(generation: str, function: Any) -> Any:
 
 
 def decode_program(
-    generation: str, layers: int, batch: int, context: int, *, int4_head: bool, int8_cache: bool, steps: int = 0
+    generation: str,
+    devices: Sequence[Any],
+    layers: int,
+    batch: int,
+    context: int,
+    *,
+    int4_head: bool,
+    int8_cache: bool,
+    steps: int = 0,
 ) -> tuple[Any, Any]:
-    """Decode of an 8B Llama cut to some layers, and the shapes of its arguments.
+    """Decode of an 8B Llama cut to some layers, and the shapes of its arguments, each with its place.
 
     Args:
       generation: a key of `TPUS`.
+      devices: of a topology; several share heads and widths.
       layers: how many.
       batch: sequences.
       context: positions of the cache, all of which are read.
@@ -98,5 +117,12 @@ def decode_program(
     params = abstract_params(config, int4_head=int4_head)
     dtype = jnp.int8 if int8_cache else jnp.bfloat16
     slots = jax.eval_shape(functools.partial(empty_slots, config, batch, context, dtype=dtype))
-    step = functools.partial(decode, config, steps=steps) if steps else functools.partial(advance, config)
-    return jax.jit(traced_for(generation, step), donate_argnums=1), (params, slots)
+    step = functools.partial(decode, steps=steps) if steps else advance
+    if len(devices) > 1:
+        params["lm_head"] = jax.tree.map(functools.partial(_padded, len(devices)), params["lm_head"])
+        mesh = Mesh(np.array(devices), ("tp",))
+        return jax.jit(sharded_step(config, mesh, step), donate_argnums=1), shapes_on(mesh, params, slots)
+    here = SingleDeviceSharding(devices[0])
+    place = lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here)
+    alone = traced_for(generation, functools.partial(step, config))
+    return jax.jit(alone, donate_argnums=1), jax.tree.map(place, (params, slots))

@@ -92,6 +92,7 @@ def export(
             "awq_jax": __version__,
             "jax": jax.__version__,
             "platform": platform,
+            "product": _product(platform),
             "chip": chip,
             "batch": batch,
             "max_len": max_len,
@@ -106,6 +107,16 @@ def export(
         }
         write_bytes(work / "manifest.json", json.dumps(manifest, indent=1).encode())
     return manifest
+
+
+def _product(platform: str) -> str:
+    """What multiplies by INT4 weights in the artefacts: "kernel", or "xla" for XLA's grouped product.
+
+    TPU kernels are staged on any machine. The GPU's is staged only where a GPU is: there alone its choice of tiles and
+    its compilation can be had.
+    """
+    here = platform == "tpu" or (platform == "cuda" and jax.default_backend() == "gpu")
+    return "kernel" if here else "xla"
 
 
 def _laid_out(params: Any) -> tuple[list[np.ndarray], list[dict[str, Any]]]:

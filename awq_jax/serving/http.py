@@ -105,6 +105,7 @@ def serve(
             stop_tokens=stops,
             limits=Limits(body_bytes=max_body),
         )
+        listening.listen(128)  # before the line below: who reads it may connect at once
         print(f"serving {served.name} on http://127.0.0.1:{listening.getsockname()[1]}/v1", flush=True)
         config = uvicorn.Config(
             application(served),

@@ -14,6 +14,7 @@ from awq_jax.models import Decoder, DecoderConfig, KVCache
 from awq_jax.models.linear import Linear
 from awq_jax.models.params import merge
 from awq_jax.serving.attention import CachedAttention
+from awq_jax.serving.block import added, through
 from awq_jax.serving.cache import SlotCache
 from awq_jax.serving.fuse import FUSED
 
@@ -110,6 +111,8 @@ def last_logits(
 ) -> tuple[Float[Array, "b v"], KVCache]:
     """Logits of one position of each row, and the cache; the head sees no other position.
 
+    Where the head's columns are cut over an axis, they are this share's columns, and -inf where padding lies.
+
     Args:
       model: from `serving_decoder`.
       tokens: they continue the cache.
@@ -117,18 +120,22 @@ def last_logits(
       last: index into the tokens of each row.
       axis: mesh axis over which the head's columns are cut.
     """
-    h, cache_after = _stream(model, tokens, cache)
-    logits = model.head(jnp.take_along_axis(h, last[:, None, None], axis=1))[:, 0]
-    if axis is not None and model.lm_head is not None and logits.shape[-1] < model.config.vocab_size:
-        logits = jax.lax.all_gather(logits, axis, axis=1, tiled=True)
+    h, waiting, cache_after = _stream(model, tokens, cache)
+    take = lambda x: x if x.shape[1] == 1 else jnp.take_along_axis(x, last[:, None, None], axis=1)
+    normed = added(model.norm, take(h), None if waiting is None else take(waiting))[1]
+    logits = model.logits(normed)[:, 0]
+    if axis is not None and model.lm_head is not None:
+        columns = jax.lax.axis_index(axis) * logits.shape[-1] + jnp.arange(logits.shape[-1])
+        logits = jnp.where(columns < model.config.vocab_size, logits, -jnp.inf)
     return logits, cache_after
 
 
-def _stream(model: Decoder, tokens: Array, cache: SlotCache) -> tuple[Array, KVCache]:
+def _stream(model: Decoder, tokens: Array, cache: SlotCache) -> tuple[Array, Array | None, KVCache]:
+    """The stream, what is to be added to it, and the cache."""
     positions = jnp.arange(tokens.shape[1]) + cache.lengths[:, None]
-    h = model.embed(tokens, positions)
+    h, waiting = model.embed(tokens, positions), None
     written = []
     for index, layer in enumerate(model.layers):
-        h, held = layer(h, positions, cache=cache.layer(index))
+        h, waiting, held = through(layer, h, waiting, positions, cache.layer(index))
         written.append(held)
-    return h, cache.after(written, tokens.shape[1])
+    return h, waiting, cache.after(written, tokens.shape[1])

@@ -27,7 +27,16 @@ from awq_jax.serving.load import ServingModel, int4_head_of, wide_norms
 from awq_jax.serving.steps import Slots, decode, empty_slots, prefill
 from awq_jax_convert.formats import open_checkpoint
 
-__all__ = ["cut", "load_sharded", "local_config", "sharded_programs", "sharded_slots"]
+__all__ = [
+    "cut",
+    "load_sharded",
+    "local_config",
+    "padded",
+    "shapes_on",
+    "sharded_programs",
+    "sharded_slots",
+    "sharded_step",
+]
 
 AXIS = "tp"
 _ALONG_N = ("attn/q", "attn/k", "attn/v", "mlp/gate", "mlp/up", "lm_head")
@@ -70,9 +79,20 @@ def load_sharded(path: str | os.PathLike[str], mesh: Mesh, *, dtype: Any = jnp.f
     stem = wide_norms(checkpoint.stem(dtype))
     if int4_head:
         stem["lm_head"] = {"kernel": int4_head_of(checkpoint.config, stem)}
+    if "lm_head" in stem:
+        stem["lm_head"] = {"kernel": padded(stem["lm_head"]["kernel"], shares)}
     place = lambda tree: _placed(tree, mesh)
     layers = {str(i): place(wide_norms(checkpoint.layer(i, dtype))) for i in range(checkpoint.num_layers)}
     return ServingModel(checkpoint=checkpoint, params={**place(stem), "layers": layers})
+
+
+def padded(head: Any, shares: int) -> Any:
+    """An output head with columns of zeros behind, so that each share has a multiple of 512: what kernels take."""
+
+    def widen(leaf: Any) -> Any:
+        return np.pad(np.asarray(leaf), [(0, 0)] * (leaf.ndim - 1) + [(0, -leaf.shape[-1] % (512 * shares))])
+
+    return jax.tree.map(widen, head)
 
 
 def _placed(tree: Mapping[str, Any], mesh: Mesh) -> dict[str, Any]:
@@ -169,26 +189,35 @@ def sharded_slots(config: DecoderConfig, mesh: Mesh, batch: int, max_len: int, *
     return jax.jit(make, out_shardings=shardings)()
 
 
-def sharded_programs(config: DecoderConfig, mesh: Mesh) -> tuple[Callable[..., Any], Callable[..., Any]]:
-    """(prefill, decode) over a mesh, for `Engine`: each device runs the step on its share inside `jax.shard_map`."""
+def sharded_step(config: DecoderConfig, mesh: Mesh, step: Callable[..., Any]) -> Callable[..., Any]:
+    """``step(local config, params, slots, *rest, axis=)`` over a mesh, each device on its share."""
     local = local_config(config, mesh.shape[AXIS])
 
-    def begin(params: Any, slots: Slots, *rest: Any) -> Any:
+    def run(params: Any, slots: Slots, *rest: Any) -> Any:
         held = _slot_specs(slots)
-        step = functools.partial(prefill, local, axis=AXIS)
-        whole = jax.tree.map(lambda _: P(), rest)
-        run = jax.shard_map(
-            step, mesh=mesh, in_specs=(_specs(params), held, *whole), out_specs=(held, P()), check_vma=False
+        specs = (_specs(params), held, *jax.tree.map(lambda _: P(), rest))
+        inside = functools.partial(step, local, axis=AXIS)
+        return jax.shard_map(inside, mesh=mesh, in_specs=specs, out_specs=(held, P()), check_vma=False)(
+            params, slots, *rest
         )
-        return run(params, slots, *rest)
+
+    return run
+
+
+def shapes_on(mesh: Mesh, params: Any, slots: Slots) -> tuple[Any, Any]:
+    """Shapes of parameters and slots, each with its place on a mesh."""
+    place = lambda spec, leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, spec))
+    over = functools.partial(jax.tree.map, place, is_leaf=lambda x: isinstance(x, P))
+    return over(_specs(params), params), over(_slot_specs(slots), slots)
+
+
+def sharded_programs(config: DecoderConfig, mesh: Mesh) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """(prefill, decode) over a mesh, for `Engine`: each device runs the step on its share inside `jax.shard_map`."""
 
     def go_on(params: Any, slots: Slots, *, steps: int, span: int | None = None) -> Any:
-        held = _slot_specs(slots)
-        step = functools.partial(decode, local, steps=steps, span=span, axis=AXIS)
-        run = jax.shard_map(step, mesh=mesh, in_specs=(_specs(params), held), out_specs=(held, P()), check_vma=False)
-        return run(params, slots)
+        return sharded_step(config, mesh, functools.partial(decode, steps=steps, span=span))(params, slots)
 
     return (
-        jax.jit(begin, donate_argnums=1),
+        jax.jit(sharded_step(config, mesh, prefill), donate_argnums=1),
         jax.jit(go_on, donate_argnums=1, static_argnames=("steps", "span")),
     )

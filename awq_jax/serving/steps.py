@@ -102,7 +102,7 @@ def prefill(
     held = slots.cache.k[0].data
     fresh = SlotCache.empty(config, tokens.shape[0], tokens.shape[1], held.dtype)
     logits, read = last_logits(model, tokens, fresh, lengths - 1, axis)
-    first = draw(logits, start.sampling, lengths)
+    first = draw(logits, start.sampling, lengths, _head_axis(model, axis))
     begun = Start(budget=_left(first, start), stops=start.stops, sampling=start.sampling)
     return Slots(
         cache=insert(slots.cache, rows, read, lengths),  # pyright: ignore[reportArgumentType]
@@ -151,9 +151,11 @@ def decode(
     return Slots(cache=slots.cache.reading(full), token=slots.token, start=slots.start), out
 
 
-def advance(config: DecoderConfig, params: Mapping[str, Any], slots: Slots) -> tuple[Slots, Int[Array, " b"]]:
+def advance(
+    config: DecoderConfig, params: Mapping[str, Any], slots: Slots, *, axis: str | None = None
+) -> tuple[Slots, Int[Array, " b"]]:
     """One turn of the loop of `decode`, for those that look at what it compiles to."""
-    return _advance(serving_decoder(config, params), slots, None)
+    return _advance(serving_decoder(config, params, axis), slots, axis)
 
 
 def _advance(model: Any, slots: Slots, axis: str | None) -> tuple[Slots, Array]:
@@ -161,12 +163,17 @@ def _advance(model: Any, slots: Slots, axis: str | None) -> tuple[Slots, Array]:
     start, busy = slots.start, slots.start.budget > 0
     before = slots.cache.lengths
     logits, cache = last_logits(model, slots.token[:, None], slots.cache, jnp.zeros_like(before), axis)
-    token = jnp.where(busy, draw(logits, start.sampling, before + 1), slots.token)
+    token = jnp.where(busy, draw(logits, start.sampling, before + 1, _head_axis(model, axis)), slots.token)
     left = jnp.where(busy, _left(token, start), 0)
     lengths = jnp.where(busy, cache.lengths, before)
     held = SlotCache(k=cache.k, v=cache.v, lengths=lengths)
     begun = Start(budget=left, stops=start.stops, sampling=start.sampling)
     return Slots(cache=held, token=token, start=begun), jnp.where(busy, token, NOTHING)
+
+
+def _head_axis(model: Any, axis: str | None) -> str | None:
+    """The axis over which logits are cut: a tied head is whole everywhere."""
+    return axis if model.lm_head is not None else None
 
 
 def _left(token: Array, start: Start) -> Array:

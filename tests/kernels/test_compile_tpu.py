@@ -47,6 +47,14 @@ def test_odd_sizes_compile_without_temporaries(generation):
 
 
 @pytest.mark.parametrize("generation", TPUS)
+def test_add_norm_compiles_without_temporaries(generation):
+    programs = [Program("awq_jax_kernels.add_norm.cost:program", {"m": m, "d": 4096}) for m in (1, 16, 48)]
+    for compiled in compile_programs(programs, generation, profile=False):
+        assert not compiled.error and len(compiled.kernels) == 1
+        assert compiled.temp_bytes < 1 << 16  # the weight as a row
+
+
+@pytest.mark.parametrize("generation", TPUS)
 @pytest.mark.parametrize("dtype", ["bfloat16", "int8"])
 def test_decode_attention_compiles_and_writes_the_cache_in_place(generation, dtype):
     """All of an 8B model's heads, and one share of eight."""

@@ -75,7 +75,7 @@ def test_a_tpu_s_artefacts_are_made_here_with_its_kernel_inside(native, tmp_path
 
     with jax.numpy_dtype_promotion("standard"):  # jax's own attention needs it in bfloat16
         manifest = export(native, tmp_path / "tpu", platform="tpu", chip="v6e", batch=2, max_len=32, steps=2)
-    assert manifest["platform"] == "tpu" and set(manifest["prefill"]) == {"32"}
+    assert manifest["platform"] == "tpu" and manifest["product"] == "kernel" and set(manifest["prefill"]) == {"32"}
     exported = jax.export.deserialize(bytearray((tmp_path / "tpu" / "decode.bin").read_bytes()))
     text = exported.mlir_module()
     assert exported.platforms == ("tpu",) and "tpu_custom_call" in text

@@ -1,17 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the kernel costs on a TPU that is not here: the compiler's schedule of a block against the bytes of the cache.
+"""What the kernel costs on a TPU that is not here: the compiler's schedule against the bytes of the cache.
 
 The model is that of `awq_jax_kernels.bench.cost`::
 
     fill  = latency + qkv / BW + latency + first block of k and v / BW
     drain = latency + y / BW
-    t     = fill + max(core, rest of the bytes / BW + core / blocks) + drain
+    t     = fill + max(core, rest of the bytes / BW + turn) + drain
+    core  = fixed + turn * turns
 
-`core` is the static profile of the kernel without its copies, for all blocks of the span, less its own waits for qkv
-and y; without a profile (v4, v7x) the scheduled bundles of the loop times the blocks. The kernel runs on one core. Of a
-megacore it gets half the rate.
+A turn of the kernel's loop computes a few blocks. `fixed` and `turn` come from the static profiles of two programs
+without copies, one twice as long as the other; without a profile (v4, v7x) they are scheduled bundles. The kernel runs
+on one core: of a megacore it gets half the rate.
 """
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -19,15 +21,24 @@ import jax
 import jax.numpy as jnp
 
 from awq_jax_kernels.aot.program import Program
-from awq_jax_kernels.aot.tpu import Compiled, compile_programs
+from awq_jax_kernels.aot.tpu import compile_programs
 from awq_jax_kernels.chips import TPUS
 from awq_jax_kernels.decode_attention import pallas_tpu
 from awq_jax_kernels.decode_attention.form import Form
 
-__all__ = ["attention", "compiled", "microseconds"]
+__all__ = ["Core", "attention", "core_of", "microseconds"]
 
 _LATENCY_CYCLES = 600
 _PROFILE_BYTES = 982
+
+
+@dataclasses.dataclass(frozen=True)
+class Core:
+    """Cycles of the kernel's own work: outside its loop, for one turn of it; and whether a profile says so."""
+
+    fixed: float
+    turn: float
+    profiled: bool
 
 
 def attention(still: bool = False, **fields: Any) -> tuple[Any, Any]:
@@ -44,31 +55,47 @@ def attention(still: bool = False, **fields: Any) -> tuple[Any, Any]:
     return functools.partial(pallas_tpu.launch, plan, still=still), (work, qkv, (*held, *scales), turns)
 
 
-def compiled(generation: str, form: Form) -> Compiled:
-    """The kernel without copies, compiled for the cost of its core."""
-    program = Program("awq_jax_kernels.decode_attention.cost:attention", {**vars(form), "still": True})
-    return compile_programs([program], generation)[0]
-
-
-def microseconds(generation: str, form: Form) -> float:
-    """Of one call that reads the whole span.
+def core_of(generation: str, form: Form) -> Core:
+    """What the core does for a form, whatever the positions.
 
     Raises:
       RuntimeError: the kernel does not compile.
     """
-    still, tpu, plan = compiled(generation, form), TPUS[generation], pallas_tpu.plan_of(form)
-    if still.error:
-        raise RuntimeError(f"{generation} {form}: {still.error}")
-    blocks = form.batch * -(-form.span // plan.positions)
-    rate = tpu.hbm_gb_s / tpu.cores
-    y, x = 2 * form.batch * form.heads * form.d, 2 * form.batch * (form.heads + 2 * form.kv) * form.d
+    size = 4 * pallas_tpu.plan_of(form).positions
+    sizes = [dataclasses.replace(form, positions=n, span=n) for n in (size, 2 * size)]
+    make = lambda f: Program("awq_jax_kernels.decode_attention.cost:attention", {**vars(f), "still": True})
+    one, two = compile_programs([make(f) for f in sizes], generation)
+    if error := one.error or two.error:
+        raise RuntimeError(f"{generation} {form}: {error}")
+    (name,) = one.kernels
+    if one.cycles and two.cycles and name in one.cycles and name in two.cycles:
+        first, second = _turns(sizes[0]), _turns(sizes[1])
+        turn = (two.cycles[name] - one.cycles[name]) / (second - first)
+        x, y = _rows(form)
+        waits = 2 * _LATENCY_CYCLES + (x + y) / _PROFILE_BYTES
+        return Core(max(0.0, one.cycles[name] - first * turn - waits), turn, True)
+    *outer, inner = (one.bundles or {})[name]
+    return Core(sum(outer), inner, False)
+
+
+def microseconds(generation: str, form: Form, core: Core) -> float:
+    """Of one call that reads the whole span."""
+    tpu, plan = TPUS[generation], pallas_tpu.plan_of(form)
+    rate, latency = tpu.hbm_gb_s / tpu.cores, _LATENCY_CYCLES / tpu.clock_ghz
+    x, y = _rows(form)
     block = 2 * plan.rows * (form.d * jnp.dtype(form.dtype).itemsize + (4 if form.dtype == "int8" else 0))
-    (name,) = still.kernels
-    if still.cycles and name in still.cycles:
-        core = still.cycles[name] - 2 * _LATENCY_CYCLES - (x + y) / _PROFILE_BYTES
-    else:
-        *outer, inner = (still.bundles or {})[name]
-        core = sum(outer) + inner * blocks
-    core, latency = core / tpu.clock_ghz, _LATENCY_CYCLES / tpu.clock_ghz
+    rest = (form.batch * -(-form.span // plan.positions) - 1) * block
+    busy = max(core.fixed + core.turn * _turns(form), rest / rate * tpu.clock_ghz + core.turn)
     fill, drain = 2 * latency + (x + block) / rate, latency + y / rate
-    return (fill + max(core, (blocks - 1) * block / rate + core / blocks) + drain) / 1e3
+    return (fill + busy / tpu.clock_ghz + drain) / 1e3
+
+
+def _turns(form: Form) -> int:
+    plan = pallas_tpu.plan_of(form)
+    return plan.items // plan.at_once
+
+
+def _rows(form: Form) -> tuple[int, int]:
+    """Bytes of qkv and of y."""
+    wide = 2 * form.batch * form.d
+    return wide * (form.heads + 2 * form.kv), wide * form.heads

@@ -1,0 +1,59 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`add_norm`: one kernel on a TPU, where XLA makes three operations of it."""
+
+import functools
+from typing import Any, Literal
+
+import jax
+from jaxtyping import Array, Float, Float32
+
+from awq_jax_kernels.add_norm import pallas_tpu, reference
+
+__all__ = ["add_norm"]
+
+
+def add_norm(
+    h: Float[Array, "m d"],
+    delta: Float[Array, "m d"] | None,
+    weight: Float32[Array, " d"],
+    *,
+    eps: float,
+    offset: float = 0.0,
+    implementation: Literal["tpu", "reference"] | None = None,
+    interpret: Any = False,
+) -> tuple[Float[Array, "m d"], Float[Array, "m d"]]:
+    """``s = h + delta`` and ``s / sqrt(mean(s**2) + eps) * (offset + weight)``.
+
+    The sum is rounded to the dtype of h, as a residual stream is, and normed in float32.
+
+    Args:
+      h: ``[m, d]``.
+      delta: the same, or None for nothing.
+      weight: float32 ``[d]``.
+      eps: against division by zero.
+      offset: 1 for models that store the weight less one.
+      implementation: "tpu" or "reference"; a refusal is then an error. None takes the kernel where the program is
+        lowered for a TPU and the kernel takes the operands.
+      interpret: run the kernel's Python on any platform.
+
+    Returns:
+      The sum and its norm, both in the dtype of h.
+
+    Raises:
+      ValueError: the kernel was named and does not take these operands.
+
+    >>> import jax.numpy as jnp
+    >>> total, normed = add_norm(jnp.array([[1.0, 5.0]]), jnp.array([[2.0, -1.0]]), jnp.ones(2), eps=0.0)
+    >>> total.tolist(), [round(x, 4) for x in normed[0].tolist()]
+    ([[3.0, 4.0]], [0.8485, 1.1314])
+    """
+    reason = pallas_tpu.refusal(h)
+    if implementation == "tpu" and reason:
+        raise ValueError(f"no kernel takes h {h.dtype}{list(h.shape)}: {reason}.")
+    default = functools.partial(reference.add_norm, eps=eps, offset=offset)
+    if implementation == "reference" or reason:
+        return default(h, delta, weight)
+    kernel = functools.partial(pallas_tpu.add_norm, eps=eps, offset=offset, interpret=interpret)
+    if implementation == "tpu":
+        return kernel(h, delta, weight)
+    return jax.lax.platform_dependent(h, delta, weight, tpu=kernel, default=default)
