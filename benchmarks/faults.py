@@ -142,8 +142,7 @@ class Bench:
         begun = time.perf_counter()
         self.start(out).join()
         row.runs += 1
-        # Moments are drawn from what a run takes now: the machine may have become busier.
-        self.seconds = max(0.9 * self.seconds, time.perf_counter() - begun)
+        self._took(time.perf_counter() - begun)
         ended = log.read_text().splitlines()[-1]
         if not ended.startswith("done"):
             row.corrupted += 1
@@ -154,17 +153,24 @@ class Bench:
         row.corrupted += contents(out) != self.wanted or left != ["out"]
         shutil.rmtree(out.parent)
 
+    def _took(self, seconds: float) -> None:
+        """Moments are drawn from what a run takes now: the machine becomes busier, and idle again."""
+        self.seconds = max(0.8 * self.seconds, seconds)
+
     def killed(self, row: Row, times: int, number: int) -> None:
         """Signals at random moments: one to three runs of an output are struck, the next gets through."""
         while row.struck < times:
             out = self.fresh()
             for _ in range(random.randint(1, 3)):
+                begun = time.perf_counter()
                 child = self.start(out)
                 child.join(random.uniform(0, 1.1 * self.seconds))
                 row.runs += 1
                 if child.exitcode is None:
                     os.kill(child.pid, number)
                     row.struck += 1
+                else:
+                    self._took(time.perf_counter() - begun)
                 child.join()
                 if (out / "awq_jax_manifest.json").exists():  # it was faster, or past its last step
                     break
