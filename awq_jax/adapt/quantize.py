@@ -46,13 +46,19 @@ def specs_of(table: Table, recipe: Recipe) -> dict[str, QuantSpec | None]:
 
     Raises:
       ValueError: a group size does not divide a weight's contraction dimension, a glob matches nothing, or the recipe
-        asks for refinement.
+        asks for what needs layers.
     """
-    if recipe.refine is not None:
-        raise ValueError(
-            "Recipe.refine trains each layer on its own output, and a tree of parameters says nothing of layers. "
-            "Leave it out here; quantize_checkpoint has it."
-        )
+    needs_layers = {
+        "refine": recipe.refine is not None,
+        "propagate": recipe.propagate != "dense",
+        "search.objective": recipe.search.objective != "gram",
+    }
+    for name, asked in needs_layers.items():
+        if asked:
+            raise ValueError(
+                f"Recipe.{name} works layer by layer, and a tree of parameters says nothing of layers. Leave it out "
+                "here; quantize_checkpoint has it."
+            )
     specs: dict[str, QuantSpec | None] = {}
     used: set[str | None] = set()
     for path in table.weights:
@@ -107,7 +113,9 @@ def quantize_params(
             spread = rows.reshape(*rows.shape[:-1], *(1,) * (len(layout.lead) - rows.ndim + 1), rows.shape[-1])
             # From the original leaf, not the folded one: that is rounded to the leaf's dtype.
             matrix = layout.matrix(leaves[path].astype(jnp.float32)) / _columns(path, layout, instances, results)
-            weight = round_matrix(matrix, spread, held, spec=spec, ratios=recipe.search.clip_ratios)
+            weight = round_matrix(
+                matrix, spread, held, spec=spec, ratios=recipe.searches.clip_ratios, feedback=recipe.feedback
+            )
             seen[path] = jnp.mean((held.abs_sum.max(-1) > 0).astype(jnp.float32))
             beside = instance.producer is None and without_producer == "scale"
             inverse = jnp.broadcast_to(1 / spread, (*layout.lead, layout.k)) if beside else None
@@ -155,7 +163,7 @@ def _search(
         [_stats_of(path, stats, table) for path in paths],
         [layout.matrix(leaves[path]) for path, layout in zip(paths, layouts, strict=True)],
         specs=tuple(spec for path in paths if (spec := specs[path]) is not None),
-        search=recipe.search if free else recipe.search.identity_only,
+        search=recipe.searches if free else recipe.searches.identity_only,
         tie=instance.group.tie,
         lead=lead,
     )
@@ -180,7 +188,7 @@ def quantize(
     for instance, result in zip(table.instances(), outcome.results, strict=True):
         if result is not None:
             groups.append(_group_report(instance, result, recipe))
-        linears += _linears(instance, result, outcome.seen, specs, without_producer)
+        linears += _linears(instance, result, outcome.seen, specs, recipe, without_producer)
     bits = lambda leaf: 8 * np.dtype(leaf.dtype).itemsize
     leaves, _ = flatten(params)
     for path, reason in table.left.items():
@@ -197,7 +205,7 @@ def _group_report(instance: Instance, result: ScaleResult, recipe: Recipe) -> Gr
     losses = np.asarray(result.losses, np.float64)
     losses = losses.reshape(-1, losses.shape[-1])
     winners = np.asarray(result.index).reshape(-1)
-    rules = recipe.search.candidates if losses.shape[-1] > 1 else recipe.search.candidates[:1]
+    rules = recipe.searches.candidates if losses.shape[-1] > 1 else recipe.searches.candidates[:1]
     rule, power, _ = rules[np.bincount(winners).argmax()]
     total = losses.sum(0)
     value = lambda v: float(v) if np.isfinite(v) else None
@@ -217,6 +225,7 @@ def _linears(
     result: ScaleResult | None,
     seen: Mapping[str, Any],
     specs: Mapping[str, QuantSpec | None],
+    recipe: Recipe,
     without_producer: Without,
 ) -> Iterator[LinearReport]:
     for path in instance.sinks:
@@ -231,6 +240,8 @@ def _linears(
         notes = []
         if not finite:
             notes.append("its activations are not finite")
+        elif "awq" not in recipe.method:
+            notes.append(f"method {recipe.method!r} searches no scale")
         elif instance.producer is None and without_producer == "identity":
             notes.append(instance.group.reason or "nothing in front of it can absorb a scale")
         elif not helped.any():
@@ -239,10 +250,10 @@ def _linears(
             notes.append(f"in {int((~helped).sum())} of {helped.size} no candidate was better than round to nearest")
         if seen[path] < 1:
             notes.append(f"{1 - float(seen[path]):.0%} of its layers or experts saw no token")
-        method = "awq" if helped.any() and finite else "rtn"
+        scaled, fed = helped.any() and finite, recipe.feedback is not None and finite
         yield LinearReport(
             path=path,
-            method=method,
+            method="awq+gptq" if scaled and fed else "awq" if scaled else "gptq" if fed else "rtn",
             reason="; ".join(notes),
             bits=spec.bits,
             group_size=spec.group_size,

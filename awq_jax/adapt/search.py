@@ -13,10 +13,11 @@ from jaxtyping import Array
 from awq_jax._clip import search_clip
 from awq_jax._round import quantize
 from awq_jax._search import ScaleResult, gram_loss, search_scale
-from awq_jax._spec import QuantSpec, SearchSpec
+from awq_jax._spec import GPTQSpec, QuantSpec, SearchSpec
 from awq_jax._stats import ActStats, merge
 from awq_jax._tie import Tie
 from awq_jax.adapt.record import pool_stats
+from awq_jax.methods import gptq
 
 __all__ = ["round_matrix", "search_group"]
 
@@ -78,9 +79,15 @@ def search_group(
     return over_lead(one, lead)(stats, [m.astype(jnp.float32) for m in matrices])
 
 
-@partial(jax.jit, static_argnames=("spec", "ratios"))
+@partial(jax.jit, static_argnames=("spec", "ratios", "feedback"))
 def round_matrix(
-    matrix: Array, rows: Array | None, stats: ActStats | None, *, spec: QuantSpec, ratios: tuple[float, ...]
+    matrix: Array,
+    rows: Array | None,
+    stats: ActStats | None,
+    *,
+    spec: QuantSpec,
+    ratios: tuple[float, ...],
+    feedback: GPTQSpec | None = None,
 ) -> Any:
     """A `QTensor` of a matrix ``[*lead, k, n]`` with its rows multiplied, clipped where a Gram matrix tells how.
 
@@ -90,6 +97,7 @@ def round_matrix(
       stats: of its input before it was divided by t.
       spec: number format.
       ratios: clipping thresholds to try; none if empty.
+      feedback: how GPTQ rounds; None rounds to nearest.
     """
     wide = matrix.astype(jnp.float32)
 
@@ -97,10 +105,12 @@ def round_matrix(
         w = w * t[:, None]
         if gram is None:
             return quantize(w, spec)
-        return quantize(w, spec, search_clip(gram / (t[:, None] * t[None, :]), w, spec, ratios))
+        gram = gram / (t[:, None] * t[None, :])
+        ratio = search_clip(gram, w, spec, ratios) if ratios else None
+        return quantize(w, spec, ratio) if feedback is None else gptq(w, gram, spec, feedback, ratio)
 
     t = jnp.ones(wide.shape[:-1]) if rows is None else jnp.broadcast_to(rows, wide.shape[:-1])
-    gram = stats.gram if stats is not None and ratios else None
+    gram = stats.gram if stats is not None and (ratios or feedback is not None) else None
     if gram is None:
         return over_lead(lambda w, t: one(w, t, None), wide.ndim - 2)(wide, t)
     return over_lead(one, wide.ndim - 2)(wide, t, gram)

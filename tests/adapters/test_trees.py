@@ -143,9 +143,26 @@ def test_mistakes_are_named_before_any_work(table, stats, overrides, message):
         adapt.quantize_params(mlp_params(), stats, table, dataclasses.replace(RECIPE, overrides=overrides))
 
 
-def test_refinement_needs_layers(table, stats):
-    with pytest.raises(ValueError, match=r"Recipe.refine .* quantize_checkpoint has it"):
-        adapt.quantize_params(mlp_params(), stats, table, dataclasses.replace(RECIPE, refine=RefineSpec()))
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("refine", RefineSpec()), ("propagate", "quantized"), ("search", SearchSpec(objective="block"))],
+)
+def test_what_needs_layers_is_refused(table, stats, name, value):
+    with pytest.raises(ValueError, match=rf"Recipe.{name}\S* works layer by layer.* quantize_checkpoint has it"):
+        adapt.quantize_params(mlp_params(), stats, table, dataclasses.replace(RECIPE, **{name: value}))
+
+
+def test_every_method_works_on_a_tree(x, table, stats):
+    """Error of the outputs on the calibration set falls from method to method; the report says which one each got."""
+    errors, named = {}, {}
+    for method in ("minmax", "awq", "gptq", "awq+gptq"):
+        qparams, coverage = adapt.quantize(mlp_params(), stats, table, dataclasses.replace(RECIPE, method=method))
+        errors[method] = float(jnp.sum((adapt.serve(mlp)(qparams, x) - mlp(mlp_params(), x)) ** 2))
+        named[method] = {linear.method for linear in coverage.linears}
+    assert errors["awq+gptq"] < errors["awq"] < errors["minmax"]
+    assert errors["gptq"] < errors["minmax"]
+    assert named["minmax"] == {"rtn"} and named["gptq"] == {"gptq"}
+    assert named["awq+gptq"] == {"awq+gptq"} and named["awq"] == {"awq"}
 
 
 def test_a_sink_left_in_float_is_scaled_all_the_same(x, table, stats):
