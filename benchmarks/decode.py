@@ -88,65 +88,89 @@ def main() -> int:
         print(json.dumps(compiled(Slice.of(args.whole), C.num_layers, steps=8)))
         return 0
     numbers = lambda text: [int(n) for n in text.split(",")]
-    rows = []
-    print(
-        "| slice | batch | context | cache | products | attention | rest | chips talk | INT4, ms | bound | speed-up |"
-    )
-    print("|---|---|---|---|---|---|---|---|---|---|---|")
+    contexts, caches = numbers(args.context), args.cache.split(",")
+    columns = [f"{context}, {cache}" for context in contexts for cache in caches]
+    print(f"| slice | batch | products | rest | chips talk | {' | '.join(columns)} | GB a chip |")
+    print("|---" * (len(columns) + 6) + "|")
+    rows: list[dict[str, Any]] = []
     for name in args.slices.split(","):
-        for row in cases(Slice.of(name), numbers(args.batch), numbers(args.context), args.cache.split(",")):
-            print(f"| {name} | {' | '.join(str(row[key]) for key in SHOWN)} |", flush=True)
-            rows.append({"slice": name, **row})
+        for batch in numbers(args.batch):
+            found = list(cases(Slice.of(name), batch, contexts, caches))
+            print(line(name, found), flush=True)
+            rows += [{"slice": name, **row} for row in found]
     if args.json:
         args.json.write_text(json.dumps(rows, indent=1) + "\n")
     return 0
 
 
-SHOWN = ("batch", "context", "cache", "products_ms", "attention_ms", "rest_ms", "collectives_ms", "int4_ms")
-SHOWN = (*SHOWN, "bf16_bound_ms", "speedup")
+def line(name: str, rows: list[dict[str, Any]]) -> str:
+    """A line of the table: what all contexts share, and of each the whole and its speed-up."""
+    first, last = rows[0], rows[-1]
+    shared = [first[key] for key in ("batch", "products_ms", "rest_ms", "collectives_ms")]
+    each = [f"{row['int4_ms']} ({row['speedup']})" for row in rows]
+    return f"| {' | '.join(map(str, [name, *shared, *each, last['chip_gb']]))} |"
 
 
-def cases(where: Slice, batches: list[int], contexts: list[int], caches: list[str]) -> Iterator[dict[str, Any]]:
-    """A row for each batch, context and cache of one slice."""
+def cases(where: Slice, batch: int, contexts: list[int], caches: list[str]) -> Iterator[dict[str, Any]]:
+    """A row for each context and cache of one slice."""
+    one, two = step_of(where)
+    cores = {dtype: core_of(where, dtype) for dtype in caches}
+    norms = (2 * C.num_layers + 1) * norm_us(where.gen)
+    all_layers = lambda key: one[key] + (C.num_layers - 1) * (two[key] - one[key])
+    *layer, head = [product(batch) for product in products(where)]
+    matmuls, rest, talk = C.num_layers * sum(layer) + head, norms + all_layers("xla_us"), talk_us(where, batch)
+    for context in contexts:
+        for dtype in caches:
+            shape = form(where, batch, context, dtype)
+            attention = C.num_layers * attention_cost.microseconds(where.gen, shape, cores[dtype])
+            total, least = matmuls + attention + rest + talk, bound_us(where, batch, context)
+            ms = lambda us: round(us / 1e3, 2)
+            yield {
+                "batch": batch,
+                "context": context,
+                "cache": dtype,
+                "products_ms": ms(matmuls),
+                "attention_ms": ms(attention),
+                "rest_ms": ms(rest),
+                "collectives_ms": ms(talk),
+                "int4_ms": ms(total),
+                "bf16_bound_ms": ms(least),
+                "speedup": f"{least / total:.2f}x",
+                "speedup_without_launches": round(least / (total - all_layers("launch_us")), 2),
+                "head_ms": ms(head),
+                "temp_mb": round(two["temp_bytes"] / 1e6, 1),
+                "chip_gb": round(held_bytes(where, batch, context, dtype) / 1e9, 2),
+            }
+
+
+@functools.cache
+def step_of(where: Slice) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What the compiler says of steps one and two layers deep."""
     with concurrent.futures.ThreadPoolExecutor(2) as pool:
         one, two = pool.map(lambda layers: compiled(where, layers, steps=0), (1, 2))
     if two["kernels"] - one["kernels"] != 7:  # four products, attention, two norms
         raise RuntimeError(f"{where}: one layer has {one['kernels']} kernels and two have {two['kernels']}.")
-    matrices = products(where)
-    cores = {dtype: attention_cost.core_of(where.gen, form(where, ROWS, 512, dtype)) for dtype in caches}
-    norms = (2 * C.num_layers + 1) * norm_cost.microseconds(where.gen, ROWS, C.hidden_size)
-    all_layers = lambda key: one[key] + (C.num_layers - 1) * (two[key] - one[key])
-    for batch in batches:
-        *layer, head = [product(batch) for product in matrices]
-        matmuls = C.num_layers * sum(layer) + head
-        talk = 0.0
-        if where.chips > 1:
-            moved = 4 * batch * C.hidden_size / ICI_GB_S[where.gen] / 1e3
-            talk = (2 * C.num_layers + 2) * HOP_US * (where.chips - 1) + 2 * C.num_layers * moved
-        for context in contexts:
-            for dtype in caches:
-                attention = C.num_layers * attention_cost.microseconds(
-                    where.gen, form(where, batch, context, dtype), cores[dtype]
-                )
-                rest = norms + all_layers("xla_us")
-                total, least = matmuls + attention + rest + talk, bound_us(where, batch, context)
-                ms = lambda us: round(us / 1e3, 2)
-                yield {
-                    "batch": batch,
-                    "context": context,
-                    "cache": dtype,
-                    "products_ms": ms(matmuls),
-                    "attention_ms": ms(attention),
-                    "rest_ms": ms(rest),
-                    "collectives_ms": ms(talk),
-                    "int4_ms": ms(total),
-                    "bf16_bound_ms": ms(least),
-                    "speedup": f"{least / total:.2f}x",
-                    "speedup_without_launches": round(least / (total - all_layers("launch_us")), 2),
-                    "head_ms": ms(head),
-                    "temp_mb": round(two["temp_bytes"] / 1e6, 1),
-                    "chip_gb": round(held_bytes(where, batch, context, dtype) / 1e9, 2),
-                }
+    return one, two
+
+
+@functools.cache
+def core_of(where: Slice, dtype: str) -> attention_cost.Core:
+    """What attention costs a chip's core."""
+    return attention_cost.core_of(where.gen, form(where, ROWS, 512, dtype))
+
+
+@functools.cache
+def norm_us(gen: str) -> float:
+    """Of one sum and norm."""
+    return norm_cost.microseconds(gen, ROWS, C.hidden_size)
+
+
+def talk_us(where: Slice, batch: int) -> float:
+    """Two sums over the chips in a layer, and two small exchanges for the token; an assumption."""
+    if where.chips == 1:
+        return 0.0
+    moved = 4 * batch * C.hidden_size / ICI_GB_S[where.gen] / 1e3
+    return (2 * C.num_layers + 2) * HOP_US * (where.chips - 1) + 2 * C.num_layers * moved
 
 
 def form(where: Slice, batch: int, context: int, dtype: str) -> Form:
@@ -155,6 +179,7 @@ def form(where: Slice, batch: int, context: int, dtype: str) -> Form:
     return Form(batch, heads, kv, C.head_dim, context, context, dtype, C.head_dim**-0.5, None, None)
 
 
+@functools.cache
 def products(where: Slice) -> list[Callable[[int], float]]:
     """Microseconds by batch of a layer's four products on one chip, and of the head's."""
     kv, n = C.num_kv_heads * C.head_dim, where.chips
