@@ -11,7 +11,7 @@ import pytest
 from awq_jax.models.functional import forward
 from awq_jax.serving.cache import SlotCache
 from awq_jax.serving.fuse import fuse
-from awq_jax.serving.model import serving_decoder
+from awq_jax.serving.model import last_logits, serving_decoder
 from awq_jax_convert.hf import HFCheckpoint
 from tests.models.families import TINY
 from tests.tiny_models import rounding, save_oracle, some_tokens
@@ -30,6 +30,17 @@ def test_fused_and_cached_logits_are_the_decoder_s(row, tmp_path):
         cache = SlotCache.empty(config, *tokens.shape)
         return serving_decoder(config, params)(tokens, cache=cache)[0]
 
+    @functools.partial(jax.jit, static_argnums=0)
+    def token_by_token(config, params):
+        model = serving_decoder(config, params)
+
+        def one(cache, token):
+            logits, cache = last_logits(model, token[:, None], cache, jnp.zeros(token.shape, jnp.int32))
+            return cache, logits
+
+        return jax.lax.scan(one, SlotCache.empty(config, *tokens.shape), tokens.T)[1]
+
     wanted = np.asarray(jax.jit(functools.partial(forward, config))(params, tokens))
-    got = np.asarray(served(config, fuse(params)))
-    assert np.abs(got - wanted).max() <= rounding(config) * np.abs(wanted).max()
+    bound = rounding(config) * np.abs(wanted).max()
+    assert np.abs(np.asarray(served(config, fuse(params))) - wanted).max() <= bound
+    assert np.abs(np.swapaxes(token_by_token(config, fuse(params)), 0, 1) - wanted).max() <= bound
