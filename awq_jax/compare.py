@@ -13,7 +13,8 @@ from awq_jax._publish import published, write_bytes
 from awq_jax._spec import METHODS, QuantSpec, Recipe
 from awq_jax.pages import comparison_page, quantization_page
 from awq_jax.pages.comparison import HEAD, table_rows
-from awq_jax.pipeline import quantize_checkpoint, read_samples
+from awq_jax.pipeline import quantize_checkpoint
+from awq_jax.prepare import read_samples
 from awq_jax.run import evaluate_checkpoint
 from awq_jax_convert.hf import HFCheckpoint
 

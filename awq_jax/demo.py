@@ -16,7 +16,8 @@ from awq_jax import stdlib_text
 from awq_jax._outliers import plant_outliers
 from awq_jax._publish import published, write_bytes
 from awq_jax._spec import Recipe, SearchSpec, rule
-from awq_jax.pipeline import plans_of, quantize_checkpoint, read_samples
+from awq_jax.pipeline import quantize_checkpoint
+from awq_jax.prepare import plans_of, read_samples
 from awq_jax.run import continue_prompt, evaluate_checkpoint, load_model
 from awq_jax_convert.hf import HFCheckpoint
 from awq_jax_convert.hf_writer import HFWriter

@@ -17,8 +17,9 @@ import jax.numpy as jnp
 from awq_jax._plan import GroupPlan, LayerPlan
 from awq_jax._spec import Recipe
 from awq_jax.gram_memory import blocked, gram_bytes
+from awq_jax.layer_loop import MEASURED
 from awq_jax.layer_step import quantize_and_measure
-from awq_jax.pipeline import MEASURED, kernel_shapes, open_planned, refuse_below_one, refuse_long
+from awq_jax.prepare import kernel_shapes, open_planned, refuse_below_one, refuse_long
 from awq_jax.sharding import Layout
 from awq_jax_convert.hf import HFCheckpoint
 from awq_jax_convert.hf_config import FamilyChoice

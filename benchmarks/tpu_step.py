@@ -96,8 +96,8 @@ def _child(case: str) -> dict[str, Any]:
     from awq_jax.dry_run import layer_flops
     from awq_jax.families import FAMILIES
     from awq_jax.gram_memory import gram_bytes, limit_of
+    from awq_jax.layer_loop import MEASURED
     from awq_jax.layer_step import quantize_and_measure
-    from awq_jax.pipeline import MEASURED
     from awq_jax.sharding import Layout, parse_mesh
 
     shape, chip, mesh = case.split(":")

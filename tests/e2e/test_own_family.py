@@ -15,7 +15,7 @@ from safetensors.numpy import load_file, save_file
 from awq_jax._spec import QuantSpec, Recipe
 from awq_jax.cli import main
 from awq_jax.families import FAMILIES
-from awq_jax.pipeline import open_planned
+from awq_jax.prepare import open_planned
 from awq_jax_convert.family_file import FAMILY_FILE, open_table, parse_table, table_beside
 from awq_jax_convert.formats import open_checkpoint
 from tests.e2e.conftest import save_text_tools

@@ -221,7 +221,7 @@ def test_a_full_disk_leaves_nothing_and_says_what_is_needed(llama: Oracle, tmp_p
 
 def test_an_interrupt_leaves_nothing(llama: Oracle, tmp_path: Path):
     code = (
-        "import os, signal, sys; import awq_jax.pipeline as p; real = p.layer_report;"
+        "import os, signal, sys; import awq_jax.layer_loop as p; real = p.layer_report;"
         "p.layer_report = lambda *a: (os.kill(os.getpid(), signal.SIGINT), real(*a))[1];"
         "from awq_jax.cli import main; sys.exit(main(sys.argv[1:]))"
     )
@@ -247,7 +247,7 @@ def test_outputs_that_do_not_fill_words_are_refused_before_anything_is_computed(
     row = dataclasses.replace(TINY[0], hf={**TINY[0].hf, **SIZES, "intermediate_size": 100})
     save_oracle(row, tmp_path / "odd")
     save_text_tools(tmp_path / "odd")
-    monkeypatch.setattr("awq_jax.pipeline.quantize_and_measure", None)
+    monkeypatch.setattr("awq_jax.layer_loop.quantize_and_measure", None)
     monkeypatch.setattr("awq_jax.dry_run.quantize_and_measure", None)
     before = set(tmp_path.rglob("*"))
     arguments = ["quantize", str(tmp_path / "odd"), str(tmp_path / "out"), "--calib", str(tmp_path / "odd/text.txt")]

@@ -15,7 +15,7 @@ from awq_jax.cli import main
 from awq_jax.dry_run import DryRun, dry_run, dry_run_directory
 from awq_jax.families import FAMILIES
 from awq_jax.models import config_from_hf, param_shapes
-from awq_jax.pipeline import plans_of
+from awq_jax.prepare import plans_of
 from awq_jax_convert.hf import HFCheckpoint
 from awq_jax_convert.keymap import theirs
 from awq_jax_convert.safetensors_dir import SafetensorsDir

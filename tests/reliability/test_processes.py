@@ -69,13 +69,13 @@ def test_the_native_format_is_written_by_one_of_them(source: Path, single: Path,
 # Kills itself when it has found the first layer of two; process 0 has kept it by the time that the second is begun.
 DYING = f"""
 import os, sys
-import awq_jax.pipeline as pipeline
-real, victim = pipeline.layer_report, sys.argv[-1]
+import awq_jax.layer_loop as loop
+real, victim = loop.layer_report, sys.argv[-1]
 def report(index, *rest):
     if index == 1 and sys.argv[sys.argv.index("--process") + 1] == victim:
         os.kill(os.getpid(), {int(signal.SIGKILL)})
     return real(index, *rest)
-pipeline.layer_report = report
+loop.layer_report = report
 from awq_jax.cli import main
 sys.exit(main(sys.argv[1:-1]))
 """

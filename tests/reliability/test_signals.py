@@ -31,13 +31,13 @@ ARGUMENTS = [
 # Sends itself a signal when the first layer of three is reported.
 SIGNALLED = """
 import os, sys
-import awq_jax.pipeline as pipeline
-real = pipeline.layer_report
+import awq_jax.layer_loop as loop
+real = loop.layer_report
 def report(index, *rest):
     if index == 1:
         os.kill(os.getpid(), {number})
     return real(index, *rest)
-pipeline.layer_report = report
+loop.layer_report = report
 from awq_jax.cli import main
 sys.exit(main(sys.argv[1:]))
 """

@@ -1,0 +1,158 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The layers of a checkpoint, one after the other: read, quantized, written, kept to resume from."""
+
+import dataclasses
+import json
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from awq_jax._plan import LayerPlan
+from awq_jax._qtensor import QTensor
+from awq_jax._tree import leaves
+from awq_jax.coverage import layer_report
+from awq_jax.hosts import Hosts
+from awq_jax.layer_step import LayerOutcome, quantize_and_measure
+from awq_jax.models.functional import embed
+from awq_jax.report import LayerReport
+from awq_jax.resume import Session
+from awq_jax.resume.layers import report_of
+from awq_jax.sharding import Layout
+from awq_jax_convert.hf import HFCheckpoint
+from awq_jax_convert.sink import ModelWriter
+
+__all__ = ["MEASURED", "Clock", "Job", "Progress", "quantize_layers"]
+
+MEASURED = 4096  # tokens that a finished layer is measured again on, against round to nearest
+
+Progress = Callable[[LayerReport, int], None]
+
+
+class Clock:
+    """Wall seconds by phase."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = defaultdict(float)
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Add what the block takes to a phase."""
+        begun = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[name] += time.perf_counter() - begun
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """What stays the same from layer to layer."""
+
+    checkpoint: HFCheckpoint
+    plans: tuple[LayerPlan, ...]
+    layout: Layout
+    hosts: Hosts
+    clock: Clock
+    progress: Progress | None
+    keep: bool  # finished layers, to resume from
+
+
+def _read_ahead(checkpoint: HFCheckpoint, start: int) -> Iterator[Any]:
+    """The layers in order; the next one is read while the current one is worked on."""
+    wanted = range(start, checkpoint.config.num_layers)
+    with ThreadPoolExecutor(1) as reader:
+        pending = [reader.submit(checkpoint.layer, index) for index in wanted[:1]]
+        for index in wanted:
+            layer = pending.pop().result()
+            if index + 1 in wanted:
+                pending.append(reader.submit(checkpoint.layer, index + 1))
+            yield layer
+
+
+def _refuse_unusable(index: int, params: Any, outcome: LayerOutcome) -> None:
+    """Stop at what would be silently wrong: taps that saw nothing, scales outside their dtype's range."""
+    for tap, tokens in outcome.tokens.items():
+        if not np.sum(tokens):
+            raise ValueError(f"zero tokens were seen at layers/{index}/{tap}; nothing was measured there.")
+    for path, leaf in leaves(params):
+        if isinstance(leaf, QTensor):
+            scale = np.asarray(leaf.scale).astype(np.float32)
+            if np.isnan(scale).any():
+                raise ValueError(f"layers/{index}/{path} has become NaN; its weights are damaged or overflow float32.")
+            if not (np.isfinite(scale).all() and (scale > 0).all()):
+                raise ValueError(
+                    f"scales of layers/{index}/{path} leave the range of {leaf.scale.dtype} (from {scale.min():.3g} to "
+                    f"{scale.max():.3g}). Use bfloat16 scales and the native format, or leave the weight in floating "
+                    "point with an override."
+                )
+
+
+def _finished(job: Job, writer: ModelWriter | None, session: Session, resumed: int) -> Iterator[LayerReport]:
+    """Write the layers that an earlier run finished; process 0 has them, the others hear of them."""
+    kept = session.layers()
+    for index in range(resumed):
+        text = None
+        if writer:
+            report, params = next(kept)
+            writer.write_layer(index, params)
+            text = json.dumps(dataclasses.asdict(report), allow_nan=False)
+        report = report_of(json.loads(job.hosts.share(f"finished layer {index}", text)))
+        if job.progress:
+            job.progress(report, len(job.plans))
+        yield report
+
+
+def quantize_layers(
+    job: Job, batches: tuple[np.ndarray, np.ndarray], writer: ModelWriter | None, session: Session, resumed: int
+) -> Iterator[LayerReport]:
+    """Write the layers that are finished, quantize and write the others, one after the other."""
+    checkpoint, layout, clock = job.checkpoint, job.layout, job.clock
+    config, (tokens, mask) = checkpoint.config, map(layout.activations, batches)
+    with clock.phase("read and write"):
+        stem = checkpoint.stem()
+        if writer:
+            writer.write_stem(stem)
+        yield from _finished(job, writer, session, resumed)
+        kept = session.state() if session.finished else {}
+    propagate, shape = job.plans[0].propagate, (*batches[0].shape, config.hidden_size)
+    if resumed:
+        hidden = layout.from_first(kept.get("hidden"), shape)
+        stream = layout.from_first(kept.get("stream"), shape) if propagate else None
+    else:
+        hidden = layout.hidden(jax.jit(embed, static_argnums=0)(config, layout.whole(stem), tokens))
+        stream = jnp.copy(hidden) if propagate else None  # the two part at the first quantized layer
+    del stem, kept
+    measured = max(1, round(MEASURED / batches[0][0].size))
+    counted = int(batches[1].sum())
+    for index, params in enumerate(_read_ahead(checkpoint, resumed), resumed):
+        plan = job.plans[index]
+        job.hosts.meet(f"layer {index}")
+        with clock.phase("quantize"):
+            params = layout.layer(params)
+            at = config.of_layer(index)
+            outcome = quantize_and_measure(
+                params, hidden, mask, stream, config=at, plan=plan, measured=measured, tokens=counted
+            )
+            hidden = layout.hidden(outcome.hidden)
+            stream = None if outcome.stream is None else layout.hidden(outcome.stream)
+            outcome = layout.fetch(dataclasses.replace(outcome, hidden=None, stream=None))
+        _refuse_unusable(index, outcome.layer.params, outcome)
+        if writer:
+            with clock.phase("read and write"):
+                writer.write_layer(index, outcome.layer.params)
+        report = layer_report(index, plan, outcome)
+        if job.keep:
+            with clock.phase("keep for resuming"):
+                streams = {"hidden": hidden} | ({} if stream is None else {"stream": stream})
+                fetched = {name: layout.fetch_chunks(array) for name, array in streams.items()}
+                session.commit(report, outcome.layer.params, fetched)
+        if job.progress:
+            job.progress(report, len(job.plans))
+        yield report
