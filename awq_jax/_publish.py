@@ -72,7 +72,7 @@ def refuse_existing(out: Path, overwrite: bool) -> None:
     if not os.path.lexists(out):
         return
     if not overwrite:
-        said = "the output exists; choose another name, or pass overwrite=True (--overwrite, where there is one)"
+        said = "the output exists; choose another name, or pass overwrite=True (--overwrite of quantize and convert)"
         raise FileExistsError(errno.EEXIST, said, str(out))
     ours = out.is_dir() and not out.is_symlink() and ((out / MANIFEST).is_file() or not any(out.iterdir()))
     if not ours:
