@@ -120,10 +120,18 @@ def _rematerialized(eqn: Any, operands: list[Any], act: Act) -> list[Any]:
     return results
 
 
+def _scan_counts(params: Any) -> tuple[int, int]:
+    """How many of a scan's operands are constants, and how many are carried."""
+    if "num_consts" in params:
+        return params["num_consts"], params["num_carry"]
+    consts, carried, _ = params["ft_in"].unpack()  # since jax 0.12
+    return len(consts), len(carried)
+
+
 def _scanned(eqn: Any, operands: list[Any], act: Act) -> list[Any]:
     """A scan again; parameters among its slices are stacked layers, those among its constants are shared by them."""
     p = eqn.params
-    body, consts, carries = p["jaxpr"], p["num_consts"], p["num_carry"]
+    body, (consts, carries) = p["jaxpr"], _scan_counts(p)
     fixed, start, slices = operands[:consts], operands[consts : consts + carries], operands[consts + carries :]
     start = _plain(start, "a loop's carried value", act)
     slices = [
