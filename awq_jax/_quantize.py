@@ -21,7 +21,7 @@ from awq_jax._round import quantize
 from awq_jax._search import ScaleResult, gram_loss, search_scale, split_columns
 from awq_jax._stats import ActStats
 from awq_jax._tree import get, put
-from awq_jax.methods import gptq
+from awq_jax.methods import round_by
 from awq_jax.methods.drift import Drift, realign
 
 __all__ = ["QuantizedLayer", "quantize_layer", "round_layer"]
@@ -89,10 +89,7 @@ def _round_group(
         paths = [path for path, other, _ in plan.quantized if other == spec]
         wide = jnp.concatenate([kernels[path] for path in paths], axis=1)
         ratio = jnp.concatenate([ratios[path] for path in paths], axis=1)
-        if layer.feedback is None:
-            weight = quantize(wide, spec, ratio)
-        else:
-            weight = gptq(wide, stats.gram, spec, layer.feedback, ratio)
+        weight = round_by(wide, stats.gram, spec, layer.feedback, ratio)
         loss += gram_loss(wide - dequantize(weight), stats)
         ends = np.cumsum([kernels[path].shape[1] for path in paths])
         for path, end in zip(paths, ends.tolist(), strict=True):

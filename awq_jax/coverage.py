@@ -10,7 +10,7 @@ import numpy as np
 from awq_jax._plan import GroupPlan, LayerPlan
 from awq_jax._search import ScaleResult
 from awq_jax.layer_step import LayerOutcome
-from awq_jax.report import GroupReport, LayerReport, LinearReport, Method
+from awq_jax.report import GroupReport, LayerReport, LinearReport, Method, method_of
 
 __all__ = ["layer_report"]
 
@@ -33,11 +33,8 @@ def _reason(plan: GroupPlan, layer: LayerPlan, tap: str, *, finite: bool, fell_b
 
 def _method(layer: LayerPlan, *, finite: bool, fell_back: bool, winner: str) -> Method:
     """What a quantized group got."""
-    if fell_back or not finite:
-        return "rtn"
-    if layer.feedback is None:
-        return "rtn" if winner == "identity" else "awq"
-    return "gptq" if winner == "identity" else "awq+gptq"
+    kept = finite and not fell_back
+    return method_of(scaled=kept and winner != "identity", fed_back=kept and layer.feedback is not None)
 
 
 def _finite(value: Any) -> float | None:

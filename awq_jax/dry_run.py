@@ -215,6 +215,7 @@ def dry_run(
     layout = Layout(mesh)
     layout.refuse_batch(batch)
     device = max(_step_bytes(checkpoint, index, plan, chunks, layout) for (_, plan), index in steps.items())
+    quantized = kernel_shapes(checkpoint, plans)
     saved = sum(layer.bytes_before - layer.bytes_after for layer in layers)
     after = checkpoint.nbytes - saved
     hidden = 4 * tokens * config.hidden_size * (2 if any(plan.propagate for plan in plans) else 1)
@@ -228,9 +229,9 @@ def dry_run(
         disk_bytes=after + (after + 3 * hidden if keep else 0),
         device_bytes=max(device, 2 * stem + hidden),
         host_bytes=process + beside,
-        gram_bytes=max(gram_bytes(plan, kernel_shapes(checkpoint, plans)) for plan in set(plans)),
+        gram_bytes=max(gram_bytes(plan, quantized) for plan in set(plans)),
         tokens=tokens,
-        notes=blocked(plans, kernel_shapes(checkpoint, plans)),
+        notes=blocked(plans, quantized),
     )
 
 
@@ -253,7 +254,7 @@ def dry_run_directory(
       FileNotFoundError, ValueError: bad input, named.
     """
     refuse_below_one(samples=samples, seq_len=seq_len, batch=batch)
-    checkpoint, plans = open_planned(pathlib.Path(src), recipe, format, serve_tp, family)
+    checkpoint, plans, _ = open_planned(pathlib.Path(src), recipe, format, serve_tp, family)
     refuse_long(seq_len, checkpoint.config.max_position_embeddings)
     if samples * seq_len >= 2**31:
         raise ValueError(f"{samples} samples of {seq_len} tokens are more than 2**31 tokens; take fewer (--samples).")

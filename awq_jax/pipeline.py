@@ -10,7 +10,7 @@ from contextlib import ExitStack
 from awq_jax._plan import LayerPlan
 from awq_jax._spec import Recipe
 from awq_jax.calibration import Samples, check_vocabulary
-from awq_jax.gram_memory import blocked, with_gram_limit
+from awq_jax.gram_memory import blocked
 from awq_jax.hosts import together
 from awq_jax.layer_loop import Clock, Job, Progress, quantize_layers
 from awq_jax.model_card import model_card
@@ -94,9 +94,8 @@ def quantize_checkpoint(
         refuse_below_one(samples=samples, seq_len=seq_len, batch=batch)
         layout = Layout(mesh)
         with clock.phase("open"):
-            checkpoint, plans = open_planned(pathlib.Path(src), recipe, format, serve_tp, family)
+            checkpoint, plans, recipe = open_planned(pathlib.Path(src), recipe, format, serve_tp, family)
             refuse_overlap(checkpoint.path, pathlib.Path(out))
-            recipe = with_gram_limit(recipe, plans, kernel_shapes(checkpoint, plans))
         with clock.phase("calibration text"):
             if not isinstance(calib, Samples):
                 path = None if calib is None else pathlib.Path(calib)

@@ -120,8 +120,11 @@ def _schemes(checkpoint: HFCheckpoint, plans: tuple[LayerPlan, ...]) -> dict[str
 
 def open_planned(
     src: pathlib.Path, recipe: Recipe, format: str, serve_tp: int = 1, family: FamilyChoice = None
-) -> tuple[HFCheckpoint, tuple[LayerPlan, ...]]:
+) -> tuple[HFCheckpoint, tuple[LayerPlan, ...], Recipe]:
     """A dense checkpoint and what a recipe does to its layers; headers are read, no tensor is.
+
+    Returns:
+      The checkpoint, its plans, and the recipe with the limit of Gram matrices that this machine sets.
 
     Raises:
       FileNotFoundError, ValueError: whatever is wrong with either, named.
@@ -138,7 +141,7 @@ def open_planned(
     refuse_misfit(format, specs_of(plans))
     refuse_unwritable(format, checkpoint, _schemes(checkpoint, plans))
     refuse_straddling(plans, shapes, serve_tp)
-    return checkpoint, plans
+    return checkpoint, plans, fitted
 
 
 def kernel_shapes(checkpoint: HFCheckpoint, plans: Sequence[LayerPlan]) -> dict[str, tuple[int, ...]]:

@@ -6,7 +6,7 @@ import json
 from collections import Counter
 from typing import Any, Literal
 
-__all__ = ["GroupReport", "LayerReport", "LinearReport", "Method", "Report"]
+__all__ = ["GroupReport", "LayerReport", "LinearReport", "Method", "Report", "method_of"]
 
 
 Method = Literal["awq", "gptq", "awq+gptq", "rtn", "float"]
@@ -18,6 +18,17 @@ _WORDS: dict[Method, str] = {
     "rtn": "rounded to nearest",
     "float": "left in floating point",
 }
+
+
+def method_of(*, scaled: bool, fed_back: bool) -> Method:
+    """What a quantized weight got: a searched scale other than identity, error feedback, both or neither.
+
+    >>> method_of(scaled=True, fed_back=False)
+    'awq'
+    """
+    if fed_back:
+        return "awq+gptq" if scaled else "gptq"
+    return "awq" if scaled else "rtn"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -38,6 +38,7 @@ from typing import Any
 from awq_jax.models import param_shapes
 from awq_jax.serving.abstract import LLAMA_8B as C
 from awq_jax_kernels.add_norm import cost as norm_cost
+from awq_jax_kernels.aot.schedule import LATENCY_CYCLES
 from awq_jax_kernels.aot.tpu import _environment, compile_programs
 from awq_jax_kernels.bench.cost import kernel_cost, program
 from awq_jax_kernels.chips import TPUS
@@ -47,7 +48,6 @@ from awq_jax_kernels.int4_matmul.config import for_tpu
 
 BYTES = {"bf16": 2, "f32": 4, "s32": 4, "u32": 4, "s8": 1, "u8": 1, "pred": 1, "s4": 0.5, "f16": 2, "s16": 2}
 SHAPE = re.compile(r"(\w+)\[([\d,]*)\](\{[^}]*\})?")
-LATENCY = 600  # cycles, as in the kernels' models
 LAUNCH = 2100  # cycles that XLA charges an operation for being started
 TOPOLOGIES = {("v5e", 4): "v5e:2x2", ("v5e", 8): "v5e:2x4", ("v6e", 4): "v6e:2x2", ("v6e", 8): "v6e:2x4"}
 TOPOLOGIES |= {("v5p", 4): "v5p:2x2x1"}
@@ -276,7 +276,7 @@ def xla_time(hlo: str, tpu: Any) -> tuple[float, float]:
         estimate = re.search(r'"estimated_cycles":"(\d+)"', line)
         cycles, hbm = int(estimate[1]) if estimate else 0, 0.0
         if not cycles and re.search("gather|scatter|dynamic", name) and "all-" not in name:
-            cycles = LATENCY * ROWS
+            cycles = LATENCY_CYCLES * ROWS
         elif cycles or kind == "copy":
             operands = re.findall(r"%[\w.\-]+", rest.split("), ")[0])
             hbm = shapes[name] + sum(shapes.get(operand, 0.0) for operand in operands)

@@ -19,7 +19,7 @@ from awq_jax.adapt.layout import Layout
 from awq_jax.adapt.program import flatten, unflatten
 from awq_jax.adapt.search import round_matrix, search_group
 from awq_jax.adapt.table import Instance, Table
-from awq_jax.report import GroupReport, LinearReport
+from awq_jax.report import GroupReport, LinearReport, method_of
 
 __all__ = ["Outcome", "quantize", "quantize_params", "specs_of"]
 
@@ -250,10 +250,11 @@ def _linears(
             notes.append(f"in {int((~helped).sum())} of {helped.size} no candidate was better than round to nearest")
         if seen[path] < 1:
             notes.append(f"{1 - float(seen[path]):.0%} of its layers or experts saw no token")
-        scaled, fed = helped.any() and finite, recipe.feedback is not None and finite
         yield LinearReport(
             path=path,
-            method="awq+gptq" if scaled and fed else "awq" if scaled else "gptq" if fed else "rtn",
+            method=method_of(
+                scaled=bool(finite and helped.any()), fed_back=bool(finite and recipe.feedback is not None)
+            ),
             reason="; ".join(notes),
             bits=spec.bits,
             group_size=spec.group_size,

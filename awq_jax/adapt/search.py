@@ -11,13 +11,14 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from awq_jax._clip import search_clip
+from awq_jax._gram import rescaled
 from awq_jax._round import quantize
 from awq_jax._search import ScaleResult, gram_loss, search_scale
 from awq_jax._spec import GPTQSpec, QuantSpec, SearchSpec
 from awq_jax._stats import ActStats, merge
 from awq_jax._tie import Tie
 from awq_jax.adapt.record import pool_stats
-from awq_jax.methods import gptq
+from awq_jax.methods import round_by
 
 __all__ = ["round_matrix", "search_group"]
 
@@ -105,9 +106,9 @@ def round_matrix(
         w = w * t[:, None]
         if gram is None:
             return quantize(w, spec)
-        gram = gram / (t[:, None] * t[None, :])
+        gram = rescaled(gram, t)
         ratio = search_clip(gram, w, spec, ratios) if ratios else None
-        return quantize(w, spec, ratio) if feedback is None else gptq(w, gram, spec, feedback, ratio)
+        return round_by(w, gram, spec, feedback, ratio)
 
     t = jnp.ones(wide.shape[:-1]) if rows is None else jnp.broadcast_to(rows, wide.shape[:-1])
     gram = stats.gram if stats is not None and (ratios or feedback is not None) else None

@@ -5,7 +5,19 @@ import collections
 import re
 from pathlib import Path
 
-__all__ = ["count_bundles", "estimated_cycles", "kernel_names", "profile_cycles", "scheduled_bundles"]
+__all__ = [
+    "LATENCY_CYCLES",
+    "count_bundles",
+    "estimated_cycles",
+    "kernel_names",
+    "profile_cycles",
+    "profile_waits",
+    "scheduled_bundles",
+]
+
+LATENCY_CYCLES = 600
+"""What libtpu takes for the latency of a copy from HBM."""
+_PROFILE_BYTES = 982  # a cycle, the rate of copies in its static profile
 
 _PROFILE = re.compile(r'hlo_op_name: "([^"]+)"\s+estimated_cycles: (\d+)')
 _BUNDLE = re.compile(r"\s*(?:0x)?[0-9a-f]+ +(?:[A-Z]{2})?: ([> ]*)\{")
@@ -21,6 +33,15 @@ def profile_cycles(folder: Path) -> dict[str, int]:
     files = folder.glob("*static_llo_profile.textproto")
     found = [match for file in files for match in _PROFILE.findall(file.read_text(errors="replace"))]
     return {name: int(cycles) for name, cycles in found}
+
+
+def profile_waits(copied: int | float) -> float:
+    """Cycles of a profile in which the core waits for operands and results of so many bytes: one copy in, one out.
+
+    >>> profile_waits(982)
+    1201.0
+    """
+    return 2 * LATENCY_CYCLES + copied / _PROFILE_BYTES
 
 
 def kernel_names(hlo: str) -> list[str]:

@@ -22,15 +22,14 @@ operations, each operand counted once and temporaries twice.
 from dataclasses import dataclass
 from typing import Any
 
+from awq_jax_kernels.aot.schedule import LATENCY_CYCLES, profile_waits
 from awq_jax_kernels.aot.tpu import Compiled
 from awq_jax_kernels.chips import TPUS, Tpu
 from awq_jax_kernels.int4_matmul.config import BlockConfig
 
 __all__ = ["Cost", "bf16_bound_us", "kernel_cost", "xla_cost"]
 
-_LATENCY_CYCLES = 600
 _COPY_CYCLES = 70
-_PROFILE_BYTES = 982
 
 
 @dataclass(frozen=True)
@@ -87,12 +86,12 @@ def kernel_cost(
     x, y = bm * k * 2, bm * n * 2 / config.splits
     core, source = _core_ns(tpu, still, steps)
     if source == "cycles":
-        core -= (2 * _LATENCY_CYCLES + (x + y) / _PROFILE_BYTES) / tpu.clock_ghz
+        core -= profile_waits(x + y) / tpu.clock_ghz
     core += _COPY_CYCLES * steps / tpu.clock_ghz
     column = k / 2 + k // g * (3 if zeros else 2)
     all_bytes = row_blocks * (column * n + x + bm * n * 2)
     piece = column * config.tile * min(config.cores, tpu.cores)
-    latency = _LATENCY_CYCLES / tpu.clock_ghz
+    latency = LATENCY_CYCLES / tpu.clock_ghz
     fill = latency + x / tpu.hbm_gb_s + fills * (latency + piece / tpu.hbm_gb_s)
     drain = latency + y / tpu.hbm_gb_s
     rest = (all_bytes - x - y - fills * piece) / tpu.hbm_gb_s

@@ -21,15 +21,13 @@ import jax
 import jax.numpy as jnp
 
 from awq_jax_kernels.aot.program import Program
+from awq_jax_kernels.aot.schedule import LATENCY_CYCLES, profile_waits
 from awq_jax_kernels.aot.tpu import compile_programs
 from awq_jax_kernels.chips import TPUS
 from awq_jax_kernels.decode_attention import pallas_tpu
 from awq_jax_kernels.decode_attention.form import Form
 
 __all__ = ["Core", "attention", "core_of", "microseconds"]
-
-_LATENCY_CYCLES = 600
-_PROFILE_BYTES = 982
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,8 +69,7 @@ def core_of(generation: str, form: Form) -> Core:
     if one.cycles and two.cycles and name in one.cycles and name in two.cycles:
         first, second = _turns(sizes[0]), _turns(sizes[1])
         turn = (two.cycles[name] - one.cycles[name]) / (second - first)
-        x, y = _rows(form)
-        waits = 2 * _LATENCY_CYCLES + (x + y) / _PROFILE_BYTES
+        waits = profile_waits(sum(_rows(form)))
         return Core(max(0.0, one.cycles[name] - first * turn - waits), turn, True)
     *outer, inner = (one.bundles or {})[name]
     return Core(sum(outer), inner, False)
@@ -81,7 +78,7 @@ def core_of(generation: str, form: Form) -> Core:
 def microseconds(generation: str, form: Form, core: Core) -> float:
     """Of one call that reads the whole span."""
     tpu, plan = TPUS[generation], pallas_tpu.plan_of(form)
-    rate, latency = tpu.hbm_gb_s / tpu.cores, _LATENCY_CYCLES / tpu.clock_ghz
+    rate, latency = tpu.hbm_gb_s / tpu.cores, LATENCY_CYCLES / tpu.clock_ghz
     x, y = _rows(form)
     block = 2 * plan.rows * (form.d * jnp.dtype(form.dtype).itemsize + (4 if form.dtype == "int8" else 0))
     rest = (form.batch * -(-form.span // plan.positions) - 1) * block
