@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from awq_jax._gram import diagonal_blocks
+from awq_jax._gram import PRECISION, diagonal_blocks
 from awq_jax._round import fake_quantize
 from awq_jax._spec import QuantSpec
 
@@ -41,7 +41,7 @@ def search_clip(
     def evaluate(r: Array) -> Array:
         error = weight - fake_quantize(weight, spec, jnp.full((groups, n), r))
         error = error.reshape(groups, g, n)
-        return jnp.sum(error * jnp.matmul(diagonal, error, precision="highest"), axis=1)
+        return jnp.sum(error * jnp.matmul(diagonal, error, precision=PRECISION), axis=1)
 
     losses = jax.lax.map(evaluate, tried)  # [ratios, groups, n]
     losses = jnp.where(jnp.isfinite(losses), losses, jnp.inf)

@@ -5,7 +5,7 @@ import dataclasses
 import json
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
@@ -109,6 +109,11 @@ def _finished(job: Job, writer: ModelWriter | None, session: Session, resumed: i
         yield report
 
 
+def _fetched(layout: Layout, streams: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """Streams on the host."""
+    return {name: layout.fetch_chunks(array) for name, array in streams.items()}
+
+
 def quantize_layers(
     job: Job, batches: tuple[np.ndarray, np.ndarray], writer: ModelWriter | None, session: Session, resumed: int
 ) -> Iterator[LayerReport]:
@@ -148,11 +153,17 @@ def quantize_layers(
             with clock.phase("read and write"):
                 writer.write_layer(index, outcome.layer.params)
         report = layer_report(index, plan, outcome)
+        streams = {"hidden": hidden} | ({} if stream is None else {"stream": stream})
         if job.keep:
             with clock.phase("keep for resuming"):
-                streams = {"hidden": hidden} | ({} if stream is None else {"stream": stream})
-                fetched = {name: layout.fetch_chunks(array) for name, array in streams.items()}
-                session.commit(report, outcome.layer.params, fetched)
-        if job.progress:
-            job.progress(report, len(job.plans))
+                session.add(report, outcome.layer.params)
+                if job.hosts.share(f"keep {index}", str(session.due)) == "True":  # all fetch, or none
+                    session.commit(_fetched(layout, streams))
+        try:
+            if job.progress:
+                job.progress(report, len(job.plans))
+        except KeyboardInterrupt:  # asked to stop: there is time to keep what was not due yet
+            if job.keep and job.hosts.count == 1 and session.pending:
+                session.commit(_fetched(layout, streams))
+            raise
         yield report

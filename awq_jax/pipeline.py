@@ -7,6 +7,8 @@ import resource
 from collections.abc import Mapping
 from contextlib import ExitStack
 
+import jax
+
 from awq_jax._plan import LayerPlan
 from awq_jax._spec import Recipe
 from awq_jax.calibration import Samples, check_vocabulary
@@ -181,5 +183,6 @@ def _report(
         warnings=(*calib.notes, *blocked(job.plans, kernel_shapes(job.checkpoint, job.plans))),
         inputs=dict(inputs),
         resumed_layers=resumed,
+        peak_device_bytes=max((d.memory_stats() or {}).get("peak_bytes_in_use", 0) for d in jax.local_devices()),
     )
     return dataclasses.replace(report, warnings=(*report.warnings, *report.starved))

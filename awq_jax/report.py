@@ -129,6 +129,7 @@ class Report:
       calibration: where the text came from and how much of it was used.
       seconds: wall time by phase.
       peak_memory_bytes: of the process, as the operating system counts it.
+      peak_device_bytes: of the accelerator that held most, as its allocator counts it; 0 on a CPU.
       bytes_before: of the source's tensors.
       bytes_after: of the written tensors.
       warnings: what the user should know.
@@ -147,6 +148,7 @@ class Report:
     warnings: tuple[str, ...] = ()
     inputs: dict[str, str] = dataclasses.field(default_factory=dict)
     resumed_layers: int = 0
+    peak_device_bytes: int = 0
 
     @property
     def starved(self) -> tuple[str, ...]:

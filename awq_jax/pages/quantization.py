@@ -139,6 +139,7 @@ def quantization_page(name: str, report: Data, *, measured: Sequence[tuple[str, 
     kept = sum(not layer["fell_back"] for layer in layers)
     covered = ", ".join(f"{count} {method}" for method, count in sorted(report["coverage"].items()))
     calibration = report["calibration"]
+    device = report.get("peak_device_bytes", 0)
     body = [
         tiles(
             [
@@ -171,6 +172,7 @@ def quantization_page(name: str, report: Data, *, measured: Sequence[tuple[str, 
                 ),
                 ("text, sha256", str(calibration["sha256"])[:16]),
                 ("peak memory", f"{report['peak_memory_bytes'] / 1e9:.2f} GB"),
+                *((("peak memory of the device", f"{device / 1e9:.2f} GB"),) if device else ()),
                 *((f"time, {phase}", f"{seconds:.1f} s") for phase, seconds in report["seconds"].items()),
             ],
         ),

@@ -13,6 +13,7 @@ import json
 import os
 import re
 import shutil
+import time
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -31,6 +32,8 @@ __all__ = ["MODES", "Damaged", "Session", "resuming", "store_of"]
 MODES = ("auto", "required", "never")
 _FORMAT = 1
 _CURRENT, _LEASE, _OBJECTS = "CURRENT", "LEASE", "objects"
+_CHEAP = 0.5  # seconds of a commit that every layer can afford
+_PATIENCE = 10  # a dearer one waits for so many times its own length, so that keeping takes a tenth of a run at most
 
 
 class Damaged(ValueError):
@@ -59,6 +62,8 @@ class Session:
     def __init__(self, store: Path | None, inputs: Mapping[str, str], lease: Lease | None = None) -> None:
         self._store, self._lease, self._inputs = store, lease, dict(inputs)
         self._layers: list[dict[str, str]] = []
+        self._added: list[dict[str, str]] = []  # written, and lost if the run is killed before the next commit
+        self._cost = self._committed = 0.0  # seconds that the last commit took, and when it ended
         self._state = ""
         self._digests: list[str] = []  # of the last generations, newest first
         if store is not None:
@@ -95,13 +100,12 @@ class Session:
         with self._named():
             return self._objects.get_tensors(self._state)
 
-    def commit(self, report: LayerReport, params: Mapping[str, Any], state: Mapping[str, Any]) -> None:
-        """Keep a layer that was finished; when this returns, no kill can take it away.
+    def add(self, report: LayerReport, params: Mapping[str, Any]) -> None:
+        """Write a layer that was finished; the next `commit` keeps it.
 
         Args:
           report: on the layer.
           params: of the layer, as the writer takes them.
-          state: arrays that the next layer starts from, by name; float32, bfloat16 or float16.
 
         Raises:
           OSError: the disk is full or failing; earlier layers stay.
@@ -116,14 +120,41 @@ class Session:
             "tensors": self._objects.put_tensors(tensors),
             "record": self._objects.put_bytes(json.dumps(record, allow_nan=False).encode()),
         }
-        layers = [*self._layers, row]
+        self._added.append(row)
+
+    @property
+    def pending(self) -> int:
+        """Layers that were added and not committed."""
+        return len(self._added)
+
+    @property
+    def due(self) -> bool:
+        """Whether `commit` is worth its time: the state of a large model is gigabytes, and a layer may take seconds."""
+        return self._cost < _CHEAP or time.monotonic() - self._committed >= _PATIENCE * self._cost
+
+    def commit(self, state: Mapping[str, Any]) -> None:
+        """Keep the layers that were added; when this returns, no kill can take them away.
+
+        Args:
+          state: arrays that the next layer starts from, by name; float32, bfloat16 or float16.
+
+        Raises:
+          OSError, BlockingIOError: as `add`.
+        """
+        if self._store is None or self._lease is None:
+            return
+        begun = time.monotonic()
+        self._lease.renew()
+        layers = [*self._layers, *self._added]
         kept = self._objects.put_tensors({name: np.asarray(array) for name, array in state.items()})
         generation = {"format": _FORMAT, "inputs": self._inputs, "layers": layers, "state": kept}
         digest = self._objects.put_bytes(json.dumps(generation).encode())
         self._lease.renew()
         self._point(self._store, [digest, *self._digests[:1]])
-        self._layers, self._state = layers, kept
+        self._layers, self._added, self._state = layers, [], kept
         self._tidy()
+        self._committed = time.monotonic()
+        self._cost = self._committed - begun
 
     def _point(self, store: Path, digests: list[str]) -> None:
         new = store / f"{_CURRENT}.new"

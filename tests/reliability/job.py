@@ -72,7 +72,7 @@ def contents(out: Path) -> dict[str, Any]:
         found |= {name: array.tobytes() for name, array in tensors.items()} | {"described": described}
         found["awq_jax_manifest.json"] = json.dumps(read_manifest(out) | {"files": {_REPORT: ""}}).encode()
     report, manifest = json.loads(found[_REPORT]), json.loads(found[_MANIFEST])
-    for measured in ("seconds", "peak_memory_bytes", "resumed_layers"):
+    for measured in ("seconds", "peak_memory_bytes", "peak_device_bytes", "resumed_layers"):
         del report[measured]
     del manifest["files"][_REPORT]
     for page in (name for name in found if name.endswith(".html")):  # the report once more, seconds included

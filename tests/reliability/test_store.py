@@ -17,6 +17,7 @@ import pytest
 from awq_jax._qtensor import QTensor
 from awq_jax.report import GroupReport, LayerReport, LinearReport
 from awq_jax.resume import Session, lease, resuming
+from awq_jax.resume.objects import Objects
 from awq_jax.resume.session import Damaged, store_of
 from tests.core.test_checkpoint import assert_same_bits
 from tests.reliability.boundaries import observed, snapshots
@@ -65,13 +66,18 @@ def state(index: int) -> dict[str, np.ndarray]:
     return {"hidden": np.full((2, 3), index, np.float32), "other": np.full(2, -index, ml_dtypes.bfloat16)}
 
 
+def keep(session: Session, index: int) -> None:
+    session.add(report(index), layer(index))
+    session.commit(state(index))
+
+
 def job(out: Path, mode: str = "auto", inputs: dict[str, str] = INPUTS, stop_after: int = 0) -> int:
     """A run: check what is kept, add what is missing, and publish. Returns what was kept."""
     with resuming(out, mode, inputs) as session:
         kept = session.finished
         check(session)
         for index in range(kept, LAYERS):
-            session.commit(report(index), layer(index), state(index))
+            keep(session, index)
             if index + 1 == stop_after:
                 raise KeyboardInterrupt
         check(session if mode != "never" else None)
@@ -194,7 +200,7 @@ def test_never_keeps_nothing(tmp_path: Path):
     stopped(tmp_path / "out", 2)
     with resuming(tmp_path / "out", "never", INPUTS) as session:
         assert not list(tmp_path.iterdir())
-        session.commit(report(0), layer(0), state(0))
+        keep(session, 0)
         assert session.finished == 0 and not list(tmp_path.iterdir())
 
 
@@ -209,7 +215,7 @@ def test_a_word_that_is_no_mode(tmp_path: Path):
 )
 def test_what_ends_a_run_decides_whether_its_layers_are_of_use(tmp_path: Path, error: type[BaseException], left: bool):
     with pytest.raises(error), resuming(tmp_path / "out", "auto", INPUTS) as session:
-        session.commit(report(0), layer(0), state(0))
+        keep(session, 0)
         raise error
     assert store_of(tmp_path / "out").exists() == left
 
@@ -222,13 +228,13 @@ def test_a_run_without_a_finished_layer_leaves_nothing(tmp_path: Path):
 
 def test_a_second_writer_is_refused_and_told_who_the_first_is(tmp_path: Path):
     with resuming(tmp_path / "out", "auto", INPUTS) as session:
-        session.commit(report(0), layer(0), state(0))
+        keep(session, 0)
         for mode in ("auto", "required", "never"):
             with pytest.raises(
                 BlockingIOError, match=rf"another process writes this output \(process {os.getpid()} on"
             ):
                 job(tmp_path / "out", mode)
-        session.commit(report(1), layer(1), state(1))
+        keep(session, 1)
         check(session)
 
 
@@ -264,10 +270,10 @@ def test_another_machine_that_is_silent_loses_it_whatever_the_clocks_say(tmp_pat
 def test_who_lost_the_lease_writes_no_more(tmp_path: Path):
     store, before = store_of(tmp_path / "out"), b""
     with pytest.raises(BlockingIOError, match="elsewhere"), resuming(tmp_path / "out", "auto", INPUTS) as session:
-        session.commit(report(0), layer(0), state(0))
+        keep(session, 0)
         before = (store / "CURRENT").read_bytes()
         foreign(store / "LEASE")  # while this process was suspended
-        session.commit(report(1), layer(1), state(1))
+        keep(session, 1)
     assert (store / "CURRENT").read_bytes() == before
 
 
@@ -288,3 +294,30 @@ def test_lack_of_room_is_said_before_anything_is_done(tmp_path: Path):
     ):
         pass
     assert not list(tmp_path.iterdir())
+
+
+def test_a_dear_commit_waits_for_ten_times_its_length(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [100.0]
+    monkeypatch.setattr("time.monotonic", lambda: clock[0])
+    put = Objects.put_tensors
+
+    def slow(self: Objects, tensors: Any) -> str:
+        clock[0] += 3.0 if "hidden" in tensors else 0.0
+        return put(self, tensors)
+
+    monkeypatch.setattr(Objects, "put_tensors", slow)
+    with pytest.raises(KeyboardInterrupt), resuming(tmp_path / "out", "auto", INPUTS) as session:
+        assert session.due  # nothing is known of its cost yet
+        keep(session, 0)
+        session.add(report(1), layer(1))
+        clock[0] += 29.0
+        assert not session.due and session.pending == 1
+        clock[0] += 1.0
+        assert session.due
+        session.add(report(2), layer(2))
+        session.commit(state(2))
+        session.add(report(3), layer(3))  # never committed
+        raise KeyboardInterrupt
+    with resuming(tmp_path / "out", "required", INPUTS) as session:
+        assert session.finished == 3
+        check(session)
