@@ -26,7 +26,7 @@ from awq_jax.models.functional import block, part
 from awq_jax.propagate import reobserver
 from awq_jax.refine import Batch, refine
 
-__all__ = ["LayerOutcome", "quantize_and_measure"]
+__all__ = ["LayerOutcome", "block_loss", "observer", "quantize_and_measure"]
 
 Params = Any
 
@@ -56,7 +56,7 @@ class LayerOutcome:
     magnitudes: Any
 
 
-def _observer(config: DecoderConfig, plan: LayerPlan, tokens: int) -> Callable[[Params, Any], Any]:
+def observer(config: DecoderConfig, plan: LayerPlan, tokens: int) -> Callable[[Params, Any], Any]:
     """(params, (hidden, mask)) -> (statistics by tap, layer output)."""
     histogram = any(rule.statistic == "percentile" for rule in plan.search.rules)
 
@@ -78,7 +78,7 @@ def _observer(config: DecoderConfig, plan: LayerPlan, tokens: int) -> Callable[[
     return run
 
 
-def _block_loss(
+def block_loss(
     config: DecoderConfig, params: Params, hidden: Array, mask: Array, plan: LayerPlan
 ) -> Callable[[GroupPlan], Callable[[list[Array]], Array] | None]:
     """The "block" objective: output error of the attention or MLP that a group's linears belong to."""
@@ -174,15 +174,15 @@ def quantize_and_measure(
     forward = lambda version, chunks: jax.lax.map(lambda h: block(config, version, h), chunks)
     if plan.propagate:
         assert stream is not None
-        stats, _ = calibrate(_observer(config, plan, tokens), params, (stream, mask), has_aux=True)
+        stats, _ = calibrate(observer(config, plan, tokens), params, (stream, mask), has_aux=True)
         outputs = forward(params, hidden)
         reobserve = reobserver(config, hidden, stream, mask)
     else:
-        stats, outputs = calibrate(_observer(config, plan, tokens), params, (hidden, mask), has_aux=True)
+        stats, outputs = calibrate(observer(config, plan, tokens), params, (hidden, mask), has_aux=True)
         stream, reobserve = hidden, None
     sample = jax.tree.map(lambda a: a[:measured].reshape(-1, *a.shape[2:]), (hidden, stream, outputs, mask))
     _, inputs, _, keep = sample
-    loss = _block_loss(config, params, inputs, keep, plan) if plan.search.objective == "block" else lambda group: None
+    loss = block_loss(config, params, inputs, keep, plan) if plan.search.objective == "block" else lambda group: None
     searched = quantize_layer(params, stats, plan, loss, reobserve)
     if plan.refine is not None:
         searched = _refined(config, searched, (stream, outputs, mask), plan.refine, measured)

@@ -16,7 +16,7 @@ from awq_jax.models.linear import Linear
 from awq_jax.models.norm import Norm
 from awq_jax.models.params import dict_of, merge
 
-__all__ = ["Decoder", "param_shapes", "params_of"]
+__all__ = ["Decoder", "capped", "param_shapes", "params_of"]
 
 
 class Decoder(nnx.Module):
@@ -83,9 +83,13 @@ class Decoder(nnx.Module):
 
     def logits(self, h: Float[Array, "b t d"]) -> Float[Array, "b t v"]:
         """Output projection of what is normed, float32."""
-        logits = self.embed.attend(h) if self.lm_head is None else self.lm_head(h)
-        logits, cap = logits.astype(jnp.float32), self.config.logit_softcap
-        return logits if cap is None else cap * jnp.tanh(logits / cap)
+        return capped(self.config, self.embed.attend(h) if self.lm_head is None else self.lm_head(h))
+
+
+def capped(config: DecoderConfig, logits: Float[Array, "*b v"]) -> Float[Array, "*b v"]:
+    """Logits in float32, softly held below the model's cap where it has one."""
+    logits, cap = logits.astype(jnp.float32), config.logit_softcap
+    return logits if cap is None else cap * jnp.tanh(logits / cap)
 
 
 def params_of(model: Decoder) -> dict[str, Any]:

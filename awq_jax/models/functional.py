@@ -15,13 +15,14 @@ from jaxtyping import Array, Float, Int
 from awq_jax.models.attention import Attention
 from awq_jax.models.block import Block
 from awq_jax.models.config import DecoderConfig
-from awq_jax.models.decoder import Decoder
+from awq_jax.models.decoder import Decoder, capped
 from awq_jax.models.embedding import Embedding
-from awq_jax.models.linear import Tap
+from awq_jax.models.linear import Linear, Tap
 from awq_jax.models.moe import mlp_of
+from awq_jax.models.norm import Norm
 from awq_jax.models.params import merge
 
-__all__ = ["block", "embed", "forward", "part"]
+__all__ = ["block", "embed", "forward", "head", "part"]
 
 Params = Mapping[str, Any]
 
@@ -59,6 +60,16 @@ def part(config: DecoderConfig, name: str, params: Params, x: Float[Array, "b t 
     if name == "mlp":
         return merge(lambda: mlp_of(config, dtype=jnp.float32, rngs=nnx.Rngs(0)), params)(x)
     raise ValueError(f"a layer has the parts 'attn' and 'mlp', not {name!r}.")
+
+
+def head(config: DecoderConfig, params: Params, h: Float[Array, "b t d"]) -> Float[Array, "b t v"]:
+    """Logits of the last layer's output; params hold ``norm`` and ``lm_head``, or ``embed`` where the head is tied."""
+    h = merge(lambda: Norm(config, config.hidden_size, dtype=jnp.float32), params["norm"])(h)
+    if config.tie_embeddings:
+        table = merge(lambda: Embedding(config, dtype=jnp.float32, rngs=nnx.Rngs(0)), params["embed"])
+        return capped(config, table.attend(h))
+    build = lambda: Linear(config.hidden_size, config.vocab_size, bias=False, dtype=jnp.float32, rngs=nnx.Rngs(0))
+    return capped(config, merge(build, params["lm_head"])(h))
 
 
 def forward(config: DecoderConfig, params: Params, tokens: Int[Array, "b t"]) -> Float[Array, "b t v"]:
