@@ -138,9 +138,9 @@ def open_planned(
     if checkpoint.hf.table is not None:  # nobody has tested it
         for config, plan in {checkpoint.config.of_layer(i): plan for i, plan in enumerate(plans)}.items():
             refuse_false_groups(checkpoint.family.name, config, plan)
-    refuse_misfit(format, specs_of(plans))
     refuse_unwritable(format, checkpoint, _schemes(checkpoint, plans))
     refuse_straddling(plans, shapes, serve_tp)
+    refuse_misfit(format, specs_of(plans))
     return checkpoint, plans, fitted
 
 

@@ -40,7 +40,10 @@ def open_checkpoint(path: str | os.PathLike[str], family: FamilyChoice = None) -
 def _refuse_for_autoawq(specs: Collection[QuantSpec]) -> None:
     for spec in specs:
         if spec.bits != 4:
-            raise ValueError(f"AutoAWQ files hold 4 bits, not {spec.bits}. Write the native format (--format native).")
+            raise ValueError(
+                f"AutoAWQ files hold 4 bits, not {spec.bits}. Write compressed-tensors or the native format "
+                "(--format native)."
+            )
         if spec.scale_dtype != "float16":
             raise ValueError(
                 f"AutoAWQ files hold float16 scales, not {spec.scale_dtype}. Write compressed-tensors or the native "
