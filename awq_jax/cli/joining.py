@@ -8,8 +8,17 @@ import os
 import re
 import sys
 from collections.abc import Iterator
+from typing import Any
 
-__all__ = ["add_arguments", "join", "stdout_kept"]
+__all__ = ["add_arguments", "asked", "join", "stdout_kept"]
+
+# What jax looks for: (cluster, its variables, what is often forgotten).
+_CLUSTERS = (
+    ("SLURM", ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_PROCID"), "; a step of srun has all"),
+    ("Open MPI", ("OMPI_COMM_WORLD_RANK", "OMPI_MCA_orte_hnp_uri"), "; Open MPI 5 no longer sets the latter"),
+    ("GKE", ("TPU_WORKER_HOSTNAMES", "TPU_WORKER_ID"), ""),
+    ("Kubernetes", ("KUBERNETES_SERVICE_HOST",), "; it needs the package kubernetes"),
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -35,6 +44,15 @@ def _is_loopback(host: str) -> bool:
         return False
 
 
+def _is_explicit(args: argparse.Namespace) -> bool:
+    return any(value is not None for value in (args.coordinator, args.processes, args.process))
+
+
+def asked(args: argparse.Namespace) -> bool:
+    """Whether the options speak of other processes."""
+    return args.distributed or _is_explicit(args)
+
+
 def _refuse_incomplete(args: argparse.Namespace) -> None:
     named = {"--coordinator": args.coordinator, "--processes": args.processes, "--process": args.process}
     missing = [name for name, value in named.items() if value is None]
@@ -46,6 +64,41 @@ def _refuse_incomplete(args: argparse.Namespace) -> None:
         raise ValueError(f"--process {args.process} of --processes {args.processes}: they are counted from 0.")
 
 
+def _unset(names: tuple[str, ...]) -> str:
+    """Which of a cluster's variables are missing."""
+    missing = [name for name in names if name not in os.environ]
+    if len(missing) in (0, len(names)):
+        return f"{names[0]} is {'not ' if missing else ''}set"
+    return f"{names[0]} is set, {' and '.join(missing)} not" if names[0] not in missing else f"{missing[0]} is not set"
+
+
+def _no_cluster(error: Exception) -> str:
+    """What `--distributed` looked for in vain, and what to give instead."""
+    looked = [f"{name} ({_unset(variables)}{hint})" for name, variables, hint in _CLUSTERS]
+    return (
+        f"--distributed: no cluster says who the other processes are ({error}). Looked for {', '.join(looked)} and the "
+        "metadata of a TPU machine. Say it yourself: --coordinator HOST:PORT --processes N --process I, without "
+        "--distributed."
+    )
+
+
+def _initialize(where: dict[str, Any], limit_s: float) -> None:
+    """`jax.distributed.initialize`, which fails in many ways, in words."""
+    import jax
+
+    jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    try:
+        jax.distributed.initialize(**where, initialization_timeout=max(1, round(limit_s)))
+    except jax.errors.JaxRuntimeError as error:  # there is an address, but nobody answers there
+        place = where.get("coordinator_address", "the address that the cluster says")
+        words = f"the processes did not meet at {place} within {limit_s:g} s (--host-timeout): {error}"
+        raise RuntimeError(words.splitlines()[0]) from error
+    except Exception as error:  # no address at all, no answer of a metadata server, a package that is missing
+        if where:
+            raise
+        raise ValueError(_no_cluster(error)) from error
+
+
 def join(args: argparse.Namespace) -> tuple[bool, bool]:
     """Meet the other processes that the options speak of.
 
@@ -53,16 +106,15 @@ def join(args: argparse.Namespace) -> tuple[bool, bool]:
       Whether there are others, and whether this is the one that speaks for all.
 
     Raises:
-      ValueError: options are missing or contradict each other.
+      ValueError: options are missing or contradict each other, or no cluster is found.
       RuntimeError: the others did not come in time.
     """
     if args.host_timeout <= 0:
         raise ValueError(f"--host-timeout is {args.host_timeout:g}; it must be more than 0.")
-    explicit = any(value is not None for value in (args.coordinator, args.processes, args.process))
-    if not (explicit or args.distributed):
+    if not asked(args):
         return False, True
-    where: dict[str, object] = {}
-    if explicit:
+    where: dict[str, Any] = {}
+    if _is_explicit(args):
         _refuse_incomplete(args)
         where = {
             "coordinator_address": args.coordinator,
@@ -71,10 +123,9 @@ def join(args: argparse.Namespace) -> tuple[bool, bool]:
         }
         if _is_loopback(args.coordinator.rpartition(":")[0]):
             where["coordinator_bind_address"] = args.coordinator  # jax would listen on every interface
+    _initialize(where, args.host_timeout)
     import jax
 
-    jax.config.update("jax_cpu_collectives_implementation", "gloo")
-    jax.distributed.initialize(**where, initialization_timeout=max(1, round(args.host_timeout)))  # pyright: ignore[reportArgumentType]
     return True, jax.process_index() == 0
 
 

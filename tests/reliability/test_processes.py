@@ -4,6 +4,8 @@
 import json
 import random
 import signal
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -16,7 +18,7 @@ from awq_jax.cli import main
 from awq_jax.hosts import Hosts, ProcessLost
 from awq_jax.sharding import Layout
 from tests.reliability.job import contents, make_source, moved_codes
-from tests.reliability.processes import ARGUMENTS, MAIN, ended, start
+from tests.reliability.processes import ARGUMENTS, MAIN, ended, free_port, start
 
 
 @pytest.fixture(scope="module")
@@ -115,6 +117,46 @@ def test_processes_with_other_text_are_refused(source: Path, tmp_path: Path):
     assert [code for code, _, _ in done] == [2, 2]
     assert all("processes 0 and 1 were given other calibration" in error for _, _, error in done)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("variables", "said"),
+    [
+        ({}, "SLURM (SLURM_JOB_ID is not set; a step of srun has all)"),
+        ({"SLURM_JOB_ID": "7"}, "SLURM (SLURM_JOB_ID is set, SLURM_STEP_NODELIST and SLURM_PROCID not;"),
+        ({"OMPI_COMM_WORLD_RANK": "0"}, "Open MPI (OMPI_COMM_WORLD_RANK is set, OMPI_MCA_orte_hnp_uri not;"),
+    ],
+)
+def test_where_there_is_no_cluster_it_is_said_what_was_looked_for(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any, variables: dict[str, str], said: str
+):
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+
+    def initialize(**where: Any) -> None:
+        assert where == {"initialization_timeout": 600}
+        raise ValueError("coordinator_address should be defined.")  # jax's words
+
+    monkeypatch.setattr("jax.distributed.initialize", initialize)
+    assert main(["quantize", str(source), str(tmp_path / "out"), "--distributed"]) == 2
+    heard = capsys.readouterr().err
+    assert said in heard and "--coordinator HOST:PORT --processes N --process I" in heard
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("index", [0, 1])
+def test_who_finds_nobody_says_so(source: Path, tmp_path: Path, index: int):
+    """The real thing: no cluster, and a coordinator's address where nobody comes."""
+    command = [sys.executable, "-c", MAIN, "quantize", str(source), str(tmp_path / "out")]
+    alone = subprocess.run([*command, "--distributed"], capture_output=True, text=True, check=False, timeout=60)
+    assert alone.returncode == 2 and "no cluster says who the other processes are" in alone.stderr
+    where = ["--coordinator", f"127.0.0.1:{free_port()}", "--processes", "2", "--process", str(index)]
+    late = subprocess.run(
+        [*command, *where, "--host-timeout", "3"], capture_output=True, text=True, check=False, timeout=90
+    )
+    assert late.returncode == 1, late.stderr
+    assert "the processes did not meet at 127.0.0.1:" in late.stderr and "Traceback" not in late.stderr
 
 
 class Store:
