@@ -6,7 +6,9 @@ import contextlib
 import ipaddress
 import os
 import re
+import socket
 import sys
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -19,6 +21,8 @@ _CLUSTERS = (
     ("GKE", ("TPU_WORKER_HOSTNAMES", "TPU_WORKER_ID"), ""),
     ("Kubernetes", ("KUBERNETES_SERVICE_HOST",), "; it needs the package kubernetes"),
 )
+
+_FIRST_S = 30.0  # that jax waits longer than we do
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -58,7 +62,7 @@ def _refuse_incomplete(args: argparse.Namespace) -> None:
     missing = [name for name, value in named.items() if value is None]
     if missing:
         raise ValueError(f"{', '.join(missing)} missing: a process needs {', '.join(named)}, or --distributed alone.")
-    if not re.fullmatch(r".+:[1-9][0-9]{0,4}", args.coordinator):
+    if not re.fullmatch(r".+:[1-9][0-9]{0,4}", args.coordinator) or int(args.coordinator.rpartition(":")[2]) > 65535:
         raise ValueError(f"--coordinator {args.coordinator!r}: expected HOST:PORT, such as 10.0.0.1:8476.")
     if not 0 <= args.process < args.processes:
         raise ValueError(f"--process {args.process} of --processes {args.processes}: they are counted from 0.")
@@ -82,17 +86,47 @@ def _no_cluster(error: Exception) -> str:
     )
 
 
+def _refuse_taken(address: str, loopback: bool) -> None:
+    """Of a port that is taken jax 0.10 dies without a word."""
+    host, _, port = address.rpartition(":")
+    try:
+        socket.create_server((host.strip("[]") if loopback else "", int(port))).close()
+    except OSError as error:
+        said = f"process 0 can't listen there ({os.strerror(error.errno or 0)}); choose another port (--coordinator)"
+        raise OSError(error.errno, said, address) from error
+
+
+@contextlib.contextmanager
+def _ended_after(limit_s: float, said: str) -> Iterator[None]:
+    """End the process in words where the block takes longer: jax ends it with a signal and a stack of C++."""
+
+    def end() -> None:
+        print(f"awq-jax quantize: {said}", file=sys.stderr, flush=True)
+        os._exit(1)
+
+    timer = threading.Timer(limit_s, end)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
 def _initialize(where: dict[str, Any], limit_s: float) -> None:
     """`jax.distributed.initialize`, which fails in many ways, in words."""
     import jax
 
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    place = where.get("coordinator_address", "the address that the cluster says")
+    late = (
+        f"the processes did not meet at {place} within {limit_s:g} s (--host-timeout). Is the address reached from all?"
+    )
     try:
-        jax.distributed.initialize(**where, initialization_timeout=max(1, round(limit_s)))
-    except jax.errors.JaxRuntimeError as error:  # there is an address, but nobody answers there
-        place = where.get("coordinator_address", "the address that the cluster says")
-        words = f"the processes did not meet at {place} within {limit_s:g} s (--host-timeout): {error}"
-        raise RuntimeError(words.splitlines()[0]) from error
+        with _ended_after(limit_s, late):
+            jax.distributed.initialize(**where, initialization_timeout=round(limit_s + _FIRST_S))
+    except jax.errors.JaxRuntimeError as error:
+        raise RuntimeError(f"the processes can't meet at {place}: {error}") from error
     except Exception as error:  # no address at all, no answer of a metadata server, a package that is missing
         if where:
             raise
@@ -121,8 +155,11 @@ def join(args: argparse.Namespace) -> tuple[bool, bool]:
             "num_processes": args.processes,
             "process_id": args.process,
         }
-        if _is_loopback(args.coordinator.rpartition(":")[0]):
+        loopback = _is_loopback(args.coordinator.rpartition(":")[0])
+        if loopback:
             where["coordinator_bind_address"] = args.coordinator  # jax would listen on every interface
+        if args.process == 0:
+            _refuse_taken(args.coordinator, loopback)
     _initialize(where, args.host_timeout)
     import jax
 

@@ -14,7 +14,7 @@ import pytest
 from awq_jax import QTensor
 from awq_jax.checkpoint import read_part
 from awq_jax.resume.layers import to_tensors
-from tests.reliability.processes import free_port
+from tests.reliability.processes import free_port, writers
 
 # Each process makes the same tree, writes its share, and says what `read_part` is to be given.
 WRITE = """
@@ -74,11 +74,6 @@ def written(count: int, folder: Path) -> list[dict[str, Any]]:
     heard = [[line for line in out.splitlines() if line.startswith("{")] for out, _ in said]
     assert all(lines == heard[0] for lines in heard)
     return [json.loads(line) for line in heard[0]]
-
-
-def writers(part: Path) -> set[str]:
-    """Processes of which the disk has bytes."""
-    return {path.name for path in part.glob("ocdbt.process_*") if any((path / "d").iterdir())}
 
 
 @pytest.mark.parametrize("count", [2, pytest.param(4, marks=pytest.mark.slow)])
