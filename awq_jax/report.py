@@ -135,6 +135,7 @@ class Report:
       warnings: what the user should know.
       inputs: digests of what decided the result: weights, calibration, recipe, versions, devices.
       resumed_layers: layers that an earlier, killed run had finished.
+      budget: what `awq_jax.budget` chose, as plain data; None where the recipe says all widths.
     """
 
     layers: tuple[LayerReport, ...]
@@ -149,6 +150,7 @@ class Report:
     inputs: dict[str, str] = dataclasses.field(default_factory=dict)
     resumed_layers: int = 0
     peak_device_bytes: int = 0
+    budget: dict[str, Any] | None = None
 
     @property
     def starved(self) -> tuple[str, ...]:

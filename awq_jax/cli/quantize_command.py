@@ -42,7 +42,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--samples", type=int, default=128, metavar="N", help="calibration samples (%(default)s)")
     add("--seq-len", type=int, default=512, metavar="T", help="tokens of a sample (%(default)s)")
     add("--batch", type=int, default=8, metavar="B", help="samples that go through a layer together (%(default)s)")
-    add("--bits", type=int, default=4, choices=(2, 3, 4), help="width of a code (%(default)s)")
+    add("--bits", type=int, choices=(2, 3, 4, 8), help="width of a code (4)")
+    add(
+        "--budget",
+        type=float,
+        metavar="BITS",
+        help="instead of --bits: mean bits of a weight at most, scales and zeros included; each group of each layer "
+        "gets the width that costs the model least",
+    )
     add(
         "--group-size",
         type=int,
@@ -111,7 +118,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--format",
         choices=("auto", "autoawq", "compressed-tensors", "native"),
         default="auto",
-        help="auto: autoawq for 4 bits, else native",
+        help="auto: autoawq for --bits 4, else native",
     )
     add_family(parser)
     add("--overwrite", action="store_true", help="replace OUT if it exists")
@@ -162,7 +169,7 @@ def _recipe(args: argparse.Namespace, fmt: str) -> "Recipe":
     from awq_jax._spec import QuantSpec, Recipe, RefineSpec, SearchSpec, rule
 
     quant = QuantSpec(
-        bits=args.bits, group_size=args.group_size, symmetric=args.symmetric, scale_dtype=_scale_dtype(args, fmt)
+        bits=args.bits or 4, group_size=args.group_size, symmetric=args.symmetric, scale_dtype=_scale_dtype(args, fmt)
     )
     rules = tuple(rule(name.strip(), n_grid=args.grid) for name in args.rules.split(","))
     clip = () if args.no_clip else SearchSpec().clip_ratios
@@ -193,13 +200,15 @@ def _summary(report: "Report", out: pathlib.Path) -> None:
 
     console = Console(stderr=True, soft_wrap=True)  # a log keeps its lines whole
     table = Table(title=escape(str(out)), title_justify="left")
-    for column in ("layer", "group", "rule", "loss / round-to-nearest"):
+    bits = {linear.path: str(linear.bits) for layer in report.layers for linear in layer.linears}
+    for column in ("layer", "group", "bits", "rule", "loss / round-to-nearest"):
         table.add_column(column)
     for layer in report.layers:
         for group in layer.groups:
             names = ", ".join(path.split("/", 2)[2] for path in group.sinks)
             chosen = f"{group.rule} {group.power:.2f}" if group.rule != "identity" else "identity"
-            table.add_row(str(layer.index), names, chosen, "-" if group.gain is None else f"{group.gain:.3f}")
+            widths = ", ".join(dict.fromkeys(bits[path] for path in group.sinks))
+            table.add_row(str(layer.index), names, widths, chosen, "-" if group.gain is None else f"{group.gain:.3f}")
     console.print(table)
     for layer in report.layers:
         if layer.fell_back:
@@ -219,6 +228,10 @@ def _summary(report: "Report", out: pathlib.Path) -> None:
     took = ", ".join(f"{name} {value:.1f} s" for name, value in report.seconds.items())
     console.print(f"{size}; {took}; peak memory {report.peak_memory_bytes / 1e9:.2f} GB")
     console.print(f"weights: {report.covered}")
+    if report.budget is not None:
+        from awq_jax.pages.bits import bits_in_words
+
+        console.print(f"bits: {bits_in_words(report.budget)}")
 
 
 @contextlib.contextmanager
@@ -258,6 +271,7 @@ def _dry_run(args: argparse.Namespace, recipe: "Recipe", fmt: str, about: dict[s
         overwrite=args.overwrite,
         resume=args.resume,
         mesh=parse_mesh(args.mesh) if args.mesh else None,
+        budget=args.budget,
     )
     show(found, about, as_json=args.json)
     refuse_output(args.out, args.resume, overwrite=args.overwrite, expected_bytes=found.disk_bytes)
@@ -265,7 +279,10 @@ def _dry_run(args: argparse.Namespace, recipe: "Recipe", fmt: str, about: dict[s
 
 def run(args: argparse.Namespace) -> int:
     """Quantize."""
-    fmt = args.format if args.format != "auto" else ("autoawq" if args.bits == 4 else "native")
+    if args.budget is not None and args.bits is not None:
+        raise ValueError("--budget chooses the widths, so it does not go with --bits. Leave one of them out.")
+    plain = args.budget is None and args.bits in (None, 4)
+    fmt = args.format if args.format != "auto" else ("autoawq" if plain else "native")
     recipe = _recipe(args, fmt)
     about = {"src": str(args.src), "out": str(args.out), "format": fmt}
     if args.dry_run:
@@ -302,10 +319,18 @@ def run(args: argparse.Namespace) -> int:
             if layer.index + 1 < layers:  # the last one only needs its name
                 stop.between()
 
+        def tried(done: int, layers: int) -> None:
+            said = f"layer {done - 1}: every width was tried"
+            bar.update(task, total=layers, completed=done, description=said)
+            if not sys.stderr.isatty():
+                console.print(f"{done}/{layers} {said}")
+            stop.between()
+
         report = quantize_checkpoint(
             args.src,
             args.out,
             recipe=recipe,
+            budget=args.budget,
             calib=args.calib,
             samples=args.samples,
             seq_len=args.seq_len,
@@ -318,6 +343,7 @@ def run(args: argparse.Namespace) -> int:
             family=args.family,
             host_timeout=args.host_timeout,
             progress=advance,
+            measuring=tried,
         )
     if not args.quiet:
         _summary(report, args.out)
