@@ -63,11 +63,12 @@ def _of_any_layer(path: str, weights: Mapping[str, Layout]) -> str:
 
 
 def _group(candidate: Candidate, how: How, found: Mapping[str, Any]) -> Group:
-    """With stars for the numbers, from the left, that all its paths have in common: the layer, not the place in it."""
+    """With stars for the numbers of the directory that all its paths are in: the layer, not the places in it."""
     offset, bias = how
     paths = [candidate.path, *found, *([bias] if bias else [])]
-    places = zip(*(star(path)[1] for path in paths), strict=False)
-    common = sum(1 for _ in itertools.takewhile(lambda numbers: len(set(numbers)) == 1, places))
+    parts = zip(*(path.split("/")[:-1] for path in paths), strict=False)
+    shared = [part[0] for part in itertools.takewhile(lambda part: len(set(part)) == 1, parts)]
+    common = len(star("/".join(shared))[1])
     return Group(
         producer=star(candidate.path, common)[0],
         sinks=tuple(dict.fromkeys(star(sink, common)[0] for sink in found)),

@@ -93,6 +93,28 @@ def test_numbers_behind_names(rng, x):
     }
 
 
+def test_equal_numbers_of_different_places(rng, x):
+    """The first norm and the first kernel belong together; the second ones do not."""
+    gain = lambda: jnp.exp(normal(rng, D, 1)[:, 0])
+    params = {
+        f"Block_{i}": {f"Norm_{j}": {"scale": gain()} for j in range(2)}
+        | {f"Dense_{j}": {"kernel": normal(rng, D, D)} for j in range(4)}
+        for i in range(2)
+    }
+
+    def program(params, x):
+        for p in params.values():
+            w = lambda j, p=p: p[f"Dense_{j}"]["kernel"]
+            x = x + jnp.tanh((x * p["Norm_0"]["scale"]) @ w(0)) @ w(1)
+            x = x + jnp.tanh((x * p["Norm_1"]["scale"]) @ w(2)) @ w(3)
+        return x
+
+    assert rules(adapt.propose(program, params, x)) == {
+        "Block_*/Norm_0/scale": {"Block_*/Dense_0/kernel"},
+        "Block_*/Norm_1/scale": {"Block_*/Dense_2/kernel"},
+    }
+
+
 def hidden_reader(params, x, weight: Any = 1.0):
     """What the gain scales is read by the residual too."""
     h = x * params["norm"]["gain"]
