@@ -126,7 +126,8 @@ def _group_flops(group: GroupPlan, plan: LayerPlan, widths: Mapping[str, tuple[i
         for path, spec, may_clip in group.quantized
         if may_clip and plan.search.clip_ratios
     )
-    return gram + candidates * 2 * k * block * n + clip
+    sampled = sum(widths[path][1] for path, spec, _ in group.quantized if spec.activations != "float")
+    return gram + candidates * 2 * k * (block * n + 2 * min(tokens, MEASURED) * sampled) + clip
 
 
 def layer_flops(

@@ -173,6 +173,7 @@ def _open_writer(
         out,
         group_size=next(iter(specs), recipe.quant).group_size,
         symmetric=bool(specs) and all(spec.symmetric for spec in specs),
+        activations=next(iter(specs), recipe.quant).activations,
         recipe=dataclasses.asdict(recipe),
         overwrite=overwrite,
         expected_bytes=expected,

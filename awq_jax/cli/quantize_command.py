@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Quantize a Hugging Face checkpoint to INT4.
+"""Quantize a Hugging Face checkpoint to INT4, or to INT8 with int8 activations.
 
 Reads SRC layer by layer, measures its activations on the calibration text, searches the scales that protect the
 weights that matter, folds them into the model and writes OUT, which vLLM, transformers and awq-jax load. OUT appears
@@ -7,6 +7,7 @@ only when it is complete; SRC is never changed. A run that was killed goes on wh
 
   awq-jax quantize Llama-3.2-1B Llama-3.2-1B-int4 --calib my_text.txt
   awq-jax quantize SRC OUT --bits 3 --override 'layers/0/*=float'
+  awq-jax quantize SRC OUT --method smoothquant
 """
 
 import argparse
@@ -42,7 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--samples", type=int, default=128, metavar="N", help="calibration samples (%(default)s)")
     add("--seq-len", type=int, default=512, metavar="T", help="tokens of a sample (%(default)s)")
     add("--batch", type=int, default=8, metavar="B", help="samples that go through a layer together (%(default)s)")
-    add("--bits", type=int, choices=(2, 3, 4, 8), help="width of a code (4)")
+    add("--bits", type=int, choices=(2, 3, 4, 8), help="width of a code (4; 8 with smoothquant)")
     add(
         "--budget",
         type=float,
@@ -53,11 +54,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--group-size",
         type=int,
-        default=128,
         metavar="G",
-        help="rows that share a scale; -1 whole columns (%(default)s)",
+        help="rows that share a scale; -1 whole columns (128; -1 with smoothquant)",
     )
-    add("--symmetric", action="store_true", help="no zero points")
+    add("--symmetric", action="store_true", help="no zero points (always so with smoothquant)")
     add(
         "--scale-dtype",
         choices=("float16", "bfloat16", "float32"),
@@ -65,16 +65,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add(
         "--method",
-        choices=("minmax", "awq", "gptq", "awq+gptq"),
+        choices=("minmax", "awq", "gptq", "awq+gptq", "smoothquant"),
         default="awq",
         help="minmax: round to nearest; awq: searched scales and thresholds; gptq: rounding with error feedback; "
-        "awq+gptq: both (%(default)s)",
+        "awq+gptq: both; smoothquant: 8-bit weights and int8 activations, scales searched for both (%(default)s)",
     )
+    add(
+        "--activations",
+        choices=("float", "token", "tensor"),
+        help="what multiplies weights: activations as they come, or rounded to int8 with a step for each token, or "
+        "with one from the calibration text (float; token with smoothquant)",
+    )
+    add("--alpha", type=float, metavar="A", help="of smoothquant, 0 to 1: this exponent alone (searched in each group)")
     add(
         "--rules",
         default="paper,duo",
         metavar="R,…",
-        help="scale rules that compete with identity: paper, duo, article, article-literal; "
+        help="scale rules of awq that compete with identity: paper, duo, smoothquant, article, article-literal; "
         "identity alone rounds to nearest (%(default)s)",
     )
     add("--grid", type=int, default=20, metavar="N", help="candidates of each rule (%(default)s)")
@@ -118,7 +125,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--format",
         choices=("auto", "autoawq", "compressed-tensors", "native"),
         default="auto",
-        help="auto: autoawq for --bits 4, else native",
+        help="auto: autoawq for --bits 4, compressed-tensors for int8 activations, else native",
     )
     add_family(parser)
     add("--overwrite", action="store_true", help="replace OUT if it exists")
@@ -156,6 +163,16 @@ def _override(text: str, base: "QuantSpec") -> "tuple[str, QuantSpec | None]":
     return glob, dataclasses.replace(base, **changes)
 
 
+def _activations(args: argparse.Namespace) -> str:
+    """What multiplies weights, and refusals of options that say nothing without it."""
+    found = args.activations or ("token" if args.method == "smoothquant" else "float")
+    if args.alpha is not None and args.method != "smoothquant":
+        raise ValueError(f"--alpha belongs to --method smoothquant, not to {args.method}. Leave it out.")
+    if args.budget is not None and found != "float":
+        raise ValueError("--budget chooses widths, and what multiplies int8 activations has 8 bits. Leave it out.")
+    return found
+
+
 def _scale_dtype(args: argparse.Namespace, fmt: str) -> str:
     """Loaders of compressed-tensors keep scales in the model's dtype: codes are rounded against that."""
     from awq_jax_convert.hf_config import read_config
@@ -166,10 +183,16 @@ def _scale_dtype(args: argparse.Namespace, fmt: str) -> str:
 
 
 def _recipe(args: argparse.Namespace, fmt: str) -> "Recipe":
-    from awq_jax._spec import QuantSpec, Recipe, RefineSpec, SearchSpec, rule
+    from awq_jax._spec import QuantSpec, Recipe, RefineSpec, SearchSpec, SmoothSpec, rule
 
+    inputs = _activations(args)
+    whole = QuantSpec() if inputs == "float" else QuantSpec.w8a8()
     quant = QuantSpec(
-        bits=args.bits or 4, group_size=args.group_size, symmetric=args.symmetric, scale_dtype=_scale_dtype(args, fmt)
+        bits=args.bits or whole.bits,
+        group_size=whole.group_size if args.group_size is None else args.group_size,
+        symmetric=args.symmetric or whole.symmetric,
+        scale_dtype=_scale_dtype(args, fmt),
+        activations=inputs,
     )
     rules = tuple(rule(name.strip(), n_grid=args.grid) for name in args.rules.split(","))
     clip = () if args.no_clip else SearchSpec().clip_ratios
@@ -177,6 +200,7 @@ def _recipe(args: argparse.Namespace, fmt: str) -> "Recipe":
     return Recipe(
         quant=quant,
         method=args.method,
+        smooth=SmoothSpec() if args.alpha is None else SmoothSpec(alphas=(args.alpha,)),
         propagate=args.propagate,
         refine=RefineSpec(steps=args.refine) if args.refine else None,
         search=SearchSpec(rules=rules, objective=args.objective, clip_ratios=clip, gram_limit=limit),
@@ -226,7 +250,8 @@ def _summary(report: "Report", out: pathlib.Path) -> None:
         console.print(f"{report.resumed_layers} layers were finished by an earlier run")
     size = f"{report.bytes_before / 1e6:.1f} MB -> {report.bytes_after / 1e6:.1f} MB"
     took = ", ".join(f"{name} {value:.1f} s" for name, value in report.seconds.items())
-    console.print(f"{size}; {took}; peak memory {report.peak_memory_bytes / 1e9:.2f} GB")
+    device = f", on the device {report.peak_device_bytes / 1e9:.2f} GB" if report.peak_device_bytes else ""
+    console.print(f"{size}; {took}; peak memory {report.peak_memory_bytes / 1e9:.2f} GB{device}")
     console.print(f"weights: {report.covered}")
     if report.budget is not None:
         from awq_jax.pages.bits import bits_in_words
@@ -282,7 +307,9 @@ def run(args: argparse.Namespace) -> int:
     if args.budget is not None and args.bits is not None:
         raise ValueError("--budget chooses the widths, so it does not go with --bits. Leave one of them out.")
     plain = args.budget is None and args.bits in (None, 4)
-    fmt = args.format if args.format != "auto" else ("autoawq" if plain else "native")
+    fmt = args.format
+    if fmt == "auto":
+        fmt = "compressed-tensors" if _activations(args) != "float" else "autoawq" if plain else "native"
     recipe = _recipe(args, fmt)
     about = {"src": str(args.src), "out": str(args.out), "format": fmt}
     if args.dry_run:

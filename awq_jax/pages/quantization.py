@@ -25,7 +25,9 @@ def recipe_in_words(recipe: Data, budget: Data | None = None) -> str:
     refine = recipe.get("refine")
     trained = f", refined in {refine['steps']} steps" if refine else ""
     width = f"INT{quant['bits']}" if budget is None else f"{budget['mean']:.4g} bits a weight"
-    return f"{width}, {kind}, {group}, method {recipe.get('method', 'awq')}{moved}{trained}"
+    inputs = {"token": ", int8 activations by token", "tensor": ", int8 activations with a static step"}
+    rounded = inputs.get(quant.get("activations", "float"), "")
+    return f"{width}, {kind}, {group}{rounded}, method {recipe.get('method', 'awq')}{moved}{trained}"
 
 
 def _ratio(value: float | None, base: float | None) -> float | None:
@@ -36,11 +38,19 @@ def _shown(value: float | None, digits: int = 3) -> str:
     return "–" if value is None else f"{value:.{digits}f}"
 
 
+def _rules(recipe: Data) -> Sequence[Data]:
+    """Whose candidates competed."""
+    method = recipe.get("method", "awq")
+    if method == "smoothquant":
+        return [{"name": method, "powers": [(alpha, 1 - alpha) for alpha in recipe["smooth"]["alphas"]]}]
+    return recipe["search"]["rules"] if "awq" in method else []
+
+
 def _lines(group: Data, recipe: Data) -> list[tuple[str, list[float], list[float | None]]]:
     """Loss over round to nearest's by exponent, one line for each rule that competed."""
     losses, base = group["losses"], group["rtn_loss"]
     lines, start = [], 1  # identity comes first
-    for rule in recipe["search"]["rules"] if len(losses) > 1 else ():
+    for rule in _rules(recipe) if len(losses) > 1 else ():
         if rule["name"] == "identity":
             continue
         powers = [pair[0] for pair in rule["powers"]]
@@ -87,8 +97,8 @@ def _group(group: Data, recipe: Data) -> str:
 
 def _layers(report: Data) -> Iterator[str]:
     recipe = report["recipe"]
-    rules = [rule["name"] for rule in recipe["search"]["rules"] if rule["name"] != "identity"]
-    if "awq" in recipe.get("method", "awq") and rules:
+    rules = [rule["name"] for rule in _rules(recipe) if rule["name"] != "identity"]
+    if rules:
         yield key([(f"kl{i % 3}", f"loss of rule {name} by exponent") for i, name in enumerate(rules)])
     stands = ("k1", "of a salient one")
     yield key([("kst", "mean |x| of a channel"), stands, ("kl1", "scale"), ("kl2", "mean |w|; each over its median")])
