@@ -89,7 +89,11 @@ def main() -> int:
         compile_here(**json.loads(args.child))
         return 0
     if args.whole:
-        print(json.dumps(compiled(Slice.of(args.whole), C.num_layers, steps=8)))
+        held = compiled(Slice.of(args.whole), C.num_layers, steps=8)
+        held = {key: held[key] for key in ("kernels", "argument_bytes", "alias_bytes", "temp_bytes")}
+        print(args.whole, json.dumps(held))
+        if args.json:
+            keep(args.json, [], {args.whole: held})
         return 0
     numbers = lambda text: [int(n) for n in text.split(",")]
     contexts, caches = numbers(args.context), args.cache.split(",")
@@ -107,14 +111,15 @@ def main() -> int:
     return 0
 
 
-def keep(file: Path, rows: list[dict[str, Any]]) -> None:
-    """Write rows to a file in the place of those that it has of the same slices."""
+def keep(file: Path, rows: list[dict[str, Any]], whole: dict[str, Any] | None = None) -> None:
+    """Write rows, and what whole models hold, to a file in the place of what it has of the same slices."""
     mine = {row["slice"] for row in rows}
-    others = json.loads(file.read_text())["rows"] if file.exists() else []
-    every = [*(row for row in others if row["slice"] not in mine), *rows]
-    versions = {name: importlib.metadata.version(name) for name in ("jax", "libtpu")}
+    before = json.loads(file.read_text()) if file.exists() else {"whole": {}, "rows": []}
+    every = [*(row for row in before["rows"] if row["slice"] not in mine), *rows]
+    head = {"versions": {name: importlib.metadata.version(name) for name in ("jax", "libtpu")}}
+    head["whole"] = {**before["whole"], **(whole or {})}
     lines = ",\n".join("  " + json.dumps(row) for row in every)
-    file.write_text(f'{{\n "versions": {json.dumps(versions)},\n "rows": [\n{lines}\n ]\n}}\n')
+    file.write_text(f'{json.dumps(head, indent=1)[:-2]},\n "rows": [\n{lines}\n ]\n}}\n')
 
 
 def line(name: str, rows: list[dict[str, Any]]) -> str:
