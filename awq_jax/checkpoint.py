@@ -140,7 +140,10 @@ def read_part(directory: Path, description: Mapping[str, Any]) -> dict[str, Any]
         raise FileNotFoundError(f"{directory} is missing; copy the checkpoint again.")
     try:
         with _checkpointer() as checkpointer:
-            stored = checkpointer.metadata(directory.resolve()).item_metadata.tree
+            described = checkpointer.metadata(directory.resolve()).item_metadata
+            if described is None:
+                raise ValueError("its metadata is missing or damaged")
+            stored = described.tree
             _refuse_bloated(directory, stored)
             # What several devices wrote would otherwise ask for as many again.
             as_numpy = jax.tree.map(lambda leaf: ocp.RestoreArgs(restore_type=np.ndarray), stored)

@@ -32,6 +32,8 @@ __all__ = ["MEASURED", "Clock", "Job", "Progress", "quantize_layers"]
 
 MEASURED = 4096  # tokens that a finished layer is measured again on, against round to nearest
 
+_POLL_S = 0.01
+
 Progress = Callable[[LayerReport, int], None]
 
 
@@ -114,6 +116,13 @@ def _fetched(layout: Layout, streams: Mapping[str, Any]) -> dict[str, np.ndarray
     return {name: layout.fetch_chunks(array) for name, array in streams.items()}
 
 
+def _awaited(outcome: LayerOutcome) -> LayerOutcome:
+    """What the device made, waited for in Python, where signals are heard."""
+    while not all(array.is_ready() for array in jax.tree.leaves(outcome)):
+        time.sleep(_POLL_S)
+    return outcome
+
+
 def quantize_layers(
     job: Job, batches: tuple[np.ndarray, np.ndarray], writer: ModelWriter | None, session: Session, resumed: int
 ) -> Iterator[LayerReport]:
@@ -142,8 +151,10 @@ def quantize_layers(
         with clock.phase("quantize"):
             params = layout.layer(params)
             at = config.of_layer(index)
-            outcome = quantize_and_measure(
-                params, hidden, mask, stream, config=at, plan=plan, measured=measured, tokens=counted
+            outcome = _awaited(
+                quantize_and_measure(
+                    params, hidden, mask, stream, config=at, plan=plan, measured=measured, tokens=counted
+                )
             )
             hidden = layout.hidden(outcome.hidden)
             stream = None if outcome.stream is None else layout.hidden(outcome.stream)
