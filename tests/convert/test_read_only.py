@@ -14,6 +14,7 @@ from awq_jax_convert.codecs import codec_of
 from awq_jax_convert.gptq import GPTQ
 from awq_jax_convert.safetensors_dir import TensorMeta
 from awq_jax_convert.safetensors_header import dtype_name
+from awq_jax_convert.stored import dequantized
 from awq_jax_kernels.nibbles import unpack_numpy
 from tests.convert.foreign import sequential
 
@@ -93,10 +94,8 @@ def test_gptq_of_other_widths(rng, bits):
     codec = GPTQ.from_config({**GPTQ_CONFIG, "bits": bits, "group_size": 32, "sym": True})
     assert codec.shape("m", metas_of(parts)) == (64, 16)
     found = codec.decode("m", parts)
-    if isinstance(found, QTensor):
-        assert found.zero is None and found.bits == bits
-        found = (unpack_numpy(found.packed) - 8.0) * found.scale.astype(np.float32).repeat(32, 0)
-    np.testing.assert_array_equal(found, (codes - half) * parts["scales"].astype(np.float32).repeat(32, 0))
+    assert found.zero is None and found.bits == bits and found.group_size == 32
+    np.testing.assert_array_equal(dequantized(found), (codes - half) * parts["scales"].astype(np.float32).repeat(32, 0))
 
 
 @pytest.mark.parametrize(
