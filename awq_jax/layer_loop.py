@@ -2,6 +2,7 @@
 """The layers of a checkpoint, one after the other: read, quantized, written, kept to resume from."""
 
 import dataclasses
+import functools
 import json
 import time
 from collections import defaultdict
@@ -20,6 +21,7 @@ from awq_jax._tree import leaves
 from awq_jax.coverage import layer_report
 from awq_jax.hosts import Hosts
 from awq_jax.layer_step import LayerOutcome, quantize_and_measure
+from awq_jax.models.config import DecoderConfig
 from awq_jax.models.functional import embed
 from awq_jax.report import LayerReport
 from awq_jax.resume import Session
@@ -68,12 +70,23 @@ def _read_ahead(checkpoint: HFCheckpoint, start: int) -> Iterator[Any]:
     """The layers in order; the next one is read while the current one is worked on."""
     wanted = range(start, checkpoint.config.num_layers)
     with ThreadPoolExecutor(1) as reader:
-        pending = [reader.submit(checkpoint.layer, index) for index in wanted[:1]]
+        pending = [reader.submit(checkpoint.layer, index, None) for index in wanted[:1]]
         for index in wanted:
             layer = pending.pop().result()
             if index + 1 in wanted:
-                pending.append(reader.submit(checkpoint.layer, index + 1))
+                pending.append(reader.submit(checkpoint.layer, index + 1, None))
             yield layer
+
+
+@jax.jit
+def _float32(params: Any) -> Any:
+    """Weights cross to the device as they are stored, and grow there."""
+    return jax.tree.map(lambda array: array.astype(jnp.float32), params)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _embedded(config: DecoderConfig, stem: Any, tokens: jax.Array) -> jax.Array:
+    return embed(config, _float32(stem), tokens)
 
 
 def _refuse_unusable(index: int, params: Any, outcome: LayerOutcome) -> None:
@@ -121,7 +134,7 @@ def quantize_layers(
     checkpoint, layout, clock = job.checkpoint, job.layout, job.clock
     config, (tokens, mask) = checkpoint.config, map(layout.activations, batches)
     with clock.phase("read and write"):
-        stem = checkpoint.stem()
+        stem = checkpoint.stem(None)
         if writer:
             writer.write_stem(stem)
         yield from _finished(job, writer, session, resumed)
@@ -131,7 +144,7 @@ def quantize_layers(
         hidden = layout.from_first(kept.get("hidden"), shape)
         stream = layout.from_first(kept.get("stream"), shape) if propagate else None
     else:
-        hidden = layout.hidden(jax.jit(embed, static_argnums=0)(config, layout.whole(stem), tokens))
+        hidden = layout.hidden(_embedded(config, layout.whole({"embed": stem["embed"]}), tokens))
         stream = jnp.copy(hidden) if propagate else None  # the two part at the first quantized layer
     del stem, kept
     measured = max(1, round(MEASURED / batches[0][0].size))
@@ -140,7 +153,7 @@ def quantize_layers(
         plan = job.plans[index]
         job.hosts.meet(f"layer {index}")
         with clock.phase("quantize"):
-            params = layout.layer(params)
+            params = _float32(layout.layer(params))
             at = config.of_layer(index)
             outcome = quantize_and_measure(
                 params, hidden, mask, stream, config=at, plan=plan, measured=measured, tokens=counted

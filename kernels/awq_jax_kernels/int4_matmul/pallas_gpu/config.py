@@ -47,8 +47,8 @@ class BlockConfig:
 
     def problem(self, k: int, n: int, g: int) -> str | None:
         """Why these blocks can't cut a ``[k, n]`` weight with groups of g rows, or None."""
-        if not (self.tokens in range(8, 129, 8) and self.readers in (1, 2, 3, 4) and self.split in (1, 2, 4, 8)):
-            return "needs tokens 8..128 in eights, wide * deep 1..4 and split 1, 2, 4 or 8"
+        if not (self.tokens in range(8, 129, 8) and self.readers in (1, 2, 3, 4) and self.split in (1, 2, 3, 4, 8)):
+            return "needs tokens 8..128 in eights, wide * deep 1..4 and split 1, 2, 3, 4 or 8"
         if self.step % 128 or k % self.step or k // self.step < self.split:
             return f"step={self.step} must be a multiple of 128 that cuts k={k} into split={self.split} parts or more"
         if n % (CHANNELS * self.wide):
