@@ -10,7 +10,7 @@ from jaxtyping import Array, Bool, Float, Int32
 
 from awq_jax._gram import gram_of
 from awq_jax._pytree import pytree
-from awq_jax._qtensor import QTensor
+from awq_jax._qtensor import QTensor, matmul
 from awq_jax._stats import BINS, ActStats, bin_of
 from awq_jax._tree import get
 from awq_jax_kernels.ragged_int4_matmul import ragged_int4_matmul
@@ -72,10 +72,10 @@ def ragged_matmul(
     >>> ragged_matmul(jnp.ones((3, 1)), jnp.array([[[2.0]], [[5.0]]]), jnp.array([1, 2], jnp.int32)).ravel().tolist()
     [2.0, 5.0, 5.0]
     """
-    if isinstance(weight, QTensor):
+    if isinstance(weight, QTensor) and weight.bits <= 4:
         return ragged_int4_matmul(x, weight.packed, weight.scale, weight.zero, sizes)
     tiles, experts, place = _in_tiles(x, sizes)
-    y = jax.lax.map(lambda tile: tile[0] @ weight[tile[1]].astype(x.dtype), (tiles, experts))
+    y = jax.lax.map(lambda tile: matmul(tile[0], weight[tile[1]]), (tiles, experts))
     return y.reshape(-1, y.shape[-1])[place]
 
 

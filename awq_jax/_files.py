@@ -7,9 +7,21 @@ import stat
 from pathlib import Path
 from typing import Any
 
-__all__ = ["MAX_JSON_BYTES", "parse_json", "read_json", "resolve_inside"]
+__all__ = ["MAX_JSON_BYTES", "is_inside", "parse_json", "read_json", "read_text", "resolve_inside"]
 
 MAX_JSON_BYTES = 100_000_000
+
+
+def _homes(directory: Path) -> list[Path]:
+    """Where the files of a checkpoint may lie: in it, or in the ``blobs`` of a Hugging Face cache."""
+    home = Path(os.path.realpath(directory))
+    return [home, home.parent.parent / "blobs"] if home.parent.name == "snapshots" else [home]
+
+
+def is_inside(directory: Path, path: Path) -> bool:
+    """Whether a path under a checkpoint's directory leads to where its files may lie, whatever links it passes."""
+    real = Path(os.path.realpath(path))  # of links in a ring the path itself, where Path.resolve raises
+    return any(home == real or home in real.parents for home in _homes(directory))
 
 
 def resolve_inside(directory: Path, name: str) -> Path:
@@ -26,12 +38,8 @@ def resolve_inside(directory: Path, name: str) -> Path:
         raise ValueError(
             f"{directory} names the file {name!r}: only plain file names inside the directory are read, no paths."
         )
-    real = (directory / name).resolve()
-    home = directory.resolve()
-    allowed = [home]
-    if home.parent.name == "snapshots":
-        allowed.append(home.parent.parent / "blobs")
-    if real.parent not in allowed:
+    real = Path(os.path.realpath(directory / name))
+    if real.parent not in _homes(directory):
         raise ValueError(
             f"{directory / name} is a link to {real}, outside its directory; it is not followed. "
             "Copy the file into the directory if you trust it."
@@ -71,6 +79,13 @@ def parse_json(raw: bytes, source: object) -> dict[str, Any]:
     return made
 
 
+def _read_bytes(path: Path) -> bytes:
+    size = path.stat().st_size
+    if size > MAX_JSON_BYTES:
+        raise ValueError(f"{path} has {size} bytes; a file of this kind over {MAX_JSON_BYTES} is not read.")
+    return path.read_bytes()
+
+
 def read_json(directory: Path, name: str) -> dict[str, Any]:
     """The JSON object in a file of the directory.
 
@@ -79,7 +94,18 @@ def read_json(directory: Path, name: str) -> dict[str, Any]:
       FileNotFoundError: there is no such file.
     """
     path = resolve_inside(directory, name)
-    size = path.stat().st_size
-    if size > MAX_JSON_BYTES:
-        raise ValueError(f"{path} has {size} bytes; a file of this kind over {MAX_JSON_BYTES} is not read.")
-    return parse_json(path.read_bytes(), path)
+    return parse_json(_read_bytes(path), path)
+
+
+def read_text(directory: Path, name: str) -> str:
+    """The text in a file of the directory.
+
+    Raises:
+      ValueError: larger than 100 MB, or not UTF-8, or outside the directory.
+      FileNotFoundError: there is no such file.
+    """
+    path = resolve_inside(directory, name)
+    try:
+        return _read_bytes(path).decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 (byte {error.start}); download it again.") from None

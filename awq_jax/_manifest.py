@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from awq_jax._files import read_json
+from awq_jax._files import is_inside, read_json
 from awq_jax._version import __version__
 
 __all__ = ["FORMAT_VERSION", "MANIFEST", "make_manifest", "read_manifest", "tree_digests", "verify"]
@@ -74,6 +74,8 @@ def _state(directory: Path, name: str, digest: str) -> str | None:
         return "lies outside the directory"
     if not (directory / relative).is_file():
         return "missing"
+    if not is_inside(directory, directory / relative):
+        return "a link out of the directory"
     return None if _digest(directory / relative) == digest else "checksum differs"
 
 
@@ -97,6 +99,9 @@ def verify(path: str | os.PathLike[str], under: str = "") -> int:
         raise ValueError(f"{Path(path) / MANIFEST} lists no files of {under or 'the directory'}; copy it again.")
     states = {name: _state(Path(path), name, digest) for name, digest in files.items()}
     wrong = [f"{name}: {state}" for name, state in states.items() if state]
+    # Who reads the folder next may follow more than what is listed.
+    others = (found for found in (Path(path) / under).rglob("*") if str(found.relative_to(path)) not in files)
+    wrong += [f"{other}: a link out of the directory" for other in others if not is_inside(Path(path), other)]
     if wrong:
         raise ValueError(f"{path} is not what was written; copy it again.\n  " + "\n  ".join(wrong))
     return len(files)

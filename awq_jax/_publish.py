@@ -5,25 +5,33 @@ import contextlib
 import errno
 import fcntl
 import hashlib
+import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
-from awq_jax._manifest import MANIFEST
+from awq_jax._manifest import MANIFEST, make_manifest, tree_digests
 
 __all__ = [
     "INCOMPLETE",
     "published",
     "refuse_existing",
     "refuse_lack_of_room",
+    "rename",
     "sync_directory",
+    "take_lock",
+    "working_directory",
     "write_bytes",
     "write_file",
+    "write_manifest",
 ]
 
 INCOMPLETE = "_INCOMPLETE"
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS)
+_NO_FLUSH = (errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS)  # of directories, on some network file systems
 
 
 def write_file(path: Path, pieces: Iterable[bytes | memoryview], nbytes: int) -> str:
@@ -63,16 +71,36 @@ def write_bytes(path: Path, content: bytes) -> str:
     return write_file(path, (content,), len(content))
 
 
+def write_manifest(work: Path, recipe: Mapping[str, Any] | None = None, **more: Any) -> None:
+    """Write what says of a directory that it is ours, with the checksums of all that lies in it.
+
+    Args:
+      work: what `published` gave; nothing is written to it afterwards.
+      recipe: what decided its content, as JSON values.
+      **more: further JSON values.
+    """
+    manifest = make_manifest(tree_digests(work, skip=(INCOMPLETE,)), {}, recipe, **more)
+    write_bytes(work / MANIFEST, (json.dumps(manifest, indent=2) + "\n").encode())
+
+
+def _above(out: Path) -> Path:
+    """The nearest directory over a name that is there already."""
+    return next(parent for parent in out.absolute().parents if os.path.lexists(parent))
+
+
 def refuse_existing(out: Path, overwrite: bool) -> None:
     """Refuse a name that is taken, unless by what awq-jax wrote and with leave to replace it; or that can't be made."""
-    above = next(parent for parent in out.absolute().parents if os.path.lexists(parent))
+    above = _above(out)
     if not above.is_dir():
         said = "not a directory, so the output can't be made in it; choose another place"
         raise NotADirectoryError(errno.ENOTDIR, said, str(above))
+    if not os.access(above, os.W_OK | os.X_OK):
+        said = "not writable, so the output can't be made in it; choose another place"
+        raise PermissionError(errno.EACCES, said, str(above))
     if not os.path.lexists(out):
         return
     if not overwrite:
-        said = "the output exists; choose another name, or pass overwrite=True (--overwrite of quantize and convert)"
+        said = "the output exists; choose another name, or pass overwrite=True (--overwrite)"
         raise FileExistsError(errno.EEXIST, said, str(out))
     ours = out.is_dir() and not out.is_symlink() and ((out / MANIFEST).is_file() or not any(out.iterdir()))
     if not ours:
@@ -81,11 +109,38 @@ def refuse_existing(out: Path, overwrite: bool) -> None:
 
 
 def refuse_lack_of_room(parent: Path, expected_bytes: int) -> None:
-    """Refuse a disk that is too full, before anything is computed."""
-    free = shutil.disk_usage(parent).free
+    """Refuse a disk that is too full, before anything is computed; the directory need not be there yet."""
+    above = parent if parent.is_dir() else _above(parent)
+    free = shutil.disk_usage(above).free
     if free < expected_bytes:
         said = f"{expected_bytes} bytes are needed, {free} are free. Make room, or choose another disk"
-        raise OSError(errno.ENOSPC, said, str(parent))
+        raise OSError(errno.ENOSPC, said, str(above))
+
+
+def working_directory(out: str | os.PathLike[str]) -> Path:
+    """Where an output is made before it has its name.
+
+    >>> working_directory("/data/model-int4").as_posix()
+    '/data/.model-int4.incomplete'
+    """
+    target = Path(os.path.abspath(out))
+    return target.with_name(f".{target.name}.incomplete")
+
+
+def take_lock(fd: int, path: Path) -> None:
+    """Lock an open file or directory against other processes; the lock ends with the process, whatever ends it.
+
+    Raises:
+      BlockingIOError: another process has it.
+      OSError: the file system has no locks.
+    """
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno not in _NO_LOCKS:
+            raise
+        said = "its file system has no locks, without which two runs could write one output; choose another place"
+        raise OSError(error.errno, said, str(path)) from error
 
 
 def _claim(work: Path, out: Path) -> int:
@@ -94,7 +149,7 @@ def _claim(work: Path, out: Path) -> int:
     work.mkdir(exist_ok=True)
     fd = os.open(work, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
     try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        take_lock(fd, work)
         # Between open and lock another writer may have finished and renamed the very directory that is now locked.
         if not os.path.samestat(os.stat(work), os.fstat(fd)):
             raise busy
@@ -103,6 +158,9 @@ def _claim(work: Path, out: Path) -> int:
     except (BlockingIOError, FileNotFoundError) as error:
         os.close(fd)
         raise busy from error
+    except OSError:
+        os.close(fd)
+        raise
     return fd
 
 
@@ -111,8 +169,23 @@ def sync_directory(directory: Path) -> None:
     fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(fd)
+    except OSError as error:
+        if error.errno not in _NO_FLUSH:
+            raise
     finally:
         os.close(fd)
+
+
+def rename(old: Path, new: Path) -> None:
+    """`os.rename`, believed where it is true: a network's file system may do it, lose its answer, be asked again, and
+    then say that the old name is not there.
+    """
+    before = os.lstat(old)
+    try:
+        os.rename(old, new)
+    except FileNotFoundError:
+        if not os.path.lexists(new) or not os.path.samestat(before, os.lstat(new)):
+            raise
 
 
 def _sync_tree(top: Path) -> None:
@@ -146,7 +219,12 @@ def _move(work: Path, out: Path) -> None:
     shutil.rmtree(replaced, ignore_errors=True)
     if out.exists():
         os.rename(out, replaced)
-    os.rename(work, out)
+    try:
+        rename(work, out)
+    except OSError:
+        if replaced.is_dir():
+            os.rename(replaced, out)
+        raise
     sync_directory(out.parent)
     shutil.rmtree(replaced, ignore_errors=True)
 
@@ -168,11 +246,10 @@ def published(out: str | os.PathLike[str], *, overwrite: bool = False, expected_
       BlockingIOError: another process is writing ``out``.
       OSError: not enough room.
     """
-    target = Path(os.path.abspath(out))
-    work = target.with_name(f".{target.name}.incomplete")
+    target, work = Path(os.path.abspath(out)), working_directory(out)
     refuse_existing(target, overwrite)
-    target.parent.mkdir(parents=True, exist_ok=True)
     refuse_lack_of_room(target.parent, expected_bytes)
+    target.parent.mkdir(parents=True, exist_ok=True)
     lock = _claim(work, target)
     try:
         _tidy(target)
@@ -183,8 +260,9 @@ def published(out: str | os.PathLike[str], *, overwrite: bool = False, expected_
         _sync_tree(work)
         refuse_existing(target, overwrite)
         _move(work, target)
-    except BaseException:
-        shutil.rmtree(work, ignore_errors=True)  # before the lock goes, while it is surely ours
+    except BaseException as error:
+        if not isinstance(error, BlockingIOError):  # somebody took over, where the lock does not reach
+            shutil.rmtree(work, ignore_errors=True)  # before the lock goes, while it is surely ours
         raise
     finally:
         os.close(lock)

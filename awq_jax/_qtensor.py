@@ -9,24 +9,30 @@ from jaxtyping import Array
 
 from awq_jax._operands import refuse_activations, refuse_weight
 from awq_jax._pytree import pytree, static
+from awq_jax_kernels import layout
+from awq_jax_kernels.codes import middle, per_byte
 from awq_jax_kernels.int4_matmul import int4_matmul
-from awq_jax_kernels.int4_matmul.reference import dequantize as _dequantize
+from awq_jax_kernels.int4_matmul import reference as int4_reference
+from awq_jax_kernels.int8_matmul import int8_matmul
+from awq_jax_kernels.int8_matmul import reference as int8_reference
 
-__all__ = ["QTensor", "dequantize", "matmul"]
+__all__ = ["QTensor", "codes_of", "dequantize", "dequantize_tree", "matmul", "product"]
 
 
 @pytree
 class QTensor:
-    """An INT4 weight ``[*b, k, n]``: ``w = (q - zero) * scale``, one scale and zero per group of rows.
+    """A quantized weight ``[*b, k, n]``: ``w = (q - zero) * scale``, one scale and zero per group of rows.
 
     It is a pytree whose three leaves share their leading axes, so `jax.vmap`, `jax.lax.scan`, indexing and sharding
     of stacked layers or experts need no special code.
 
     Attributes:
-      packed: int8 ``[*b, k/2, n]``, the layout of `awq_jax_kernels.nibbles`.
+      packed: int8 ``[*b, k/2, n]``, two codes to a byte as `awq_jax_kernels.nibbles` says; of eight bits ``q - 128``,
+        ``[*b, k, n]``.
       scale: floating ``[*b, k/g, n]``.
-      zero: int8 codes 0..15, ``[*b, k/g, n]``; None is 8 everywhere, a symmetric weight.
-      bits: width of the codes that were chosen; the nibbles hold them whatever it is.
+      zero: codes ``[*b, k/g, n]``, int8 0..15 or, of eight bits, uint8 0..255; None is `middle` everywhere, a
+        symmetric weight.
+      bits: width of the codes that were chosen, 2, 3, 4 or 8; nibbles hold the first three alike.
 
     The group size is ``k // scale.shape[-2]``, the shape is derived: neither can disagree with the arrays.
     """
@@ -39,8 +45,8 @@ class QTensor:
     @property
     def shape(self) -> tuple[int, ...]:
         """The dense weight's shape ``(*b, k, n)``."""
-        *b, k2, n = self.packed.shape
-        return (*b, 2 * k2, n)
+        *b, rows, n = self.packed.shape
+        return (*b, per_byte(self.bits) * rows, n)
 
     @property
     def ndim(self) -> int:
@@ -51,6 +57,11 @@ class QTensor:
     def group_size(self) -> int:
         """Rows that share one scale."""
         return self.shape[-2] // self.scale.shape[-2]
+
+    @property
+    def middle(self) -> int:
+        """The code that is zero where there are no zeros: 8, and 128 of eight bits."""
+        return middle(self.bits)
 
     @property
     def nbytes(self) -> int:
@@ -69,7 +80,13 @@ def dequantize(weight: QTensor, dtype: Any = jnp.float32) -> Array:
       weight: the quantized weight.
       dtype: of the result; the arithmetic is float32.
     """
-    return _dequantize(weight.packed, weight.scale, weight.zero).astype(dtype)
+    reference = int4_reference if per_byte(weight.bits) == 2 else int8_reference
+    return reference.dequantize(weight.packed, weight.scale, weight.zero).astype(dtype)
+
+
+def codes_of(weight: QTensor) -> Array:
+    """The codes ``q``, uint8 ``[*b, k, n]``."""
+    return layout.unpack(weight.packed, weight.bits)
 
 
 def dequantize_tree(tree: Any, dtype: Any = jnp.float32) -> Any:
@@ -102,6 +119,15 @@ def matmul(x: Array, weight: QTensor | Array) -> Array:
     if not isinstance(weight, QTensor):
         refuse_weight(weight)
     refuse_activations(x, weight.shape[-2])
-    if isinstance(weight, QTensor):
-        return int4_matmul(x, weight.packed, weight.scale, weight.zero)
-    return jnp.matmul(x, weight.astype(x.dtype))
+    return product(x, weight) if isinstance(weight, QTensor) else jnp.matmul(x, weight.astype(x.dtype))
+
+
+def product(x: Array, weight: QTensor) -> Array:
+    """``x @ weight`` of a quantized weight, by its width; leading axes of x and weight are those of the kernels.
+
+    Args:
+      x: ``[*b, m, k]``, or any ``[..., k]`` for a weight ``[k, n]``.
+      weight: ``[*b, k, n]``.
+    """
+    multiply = int4_matmul if per_byte(weight.bits) == 2 else int8_matmul
+    return multiply(x, weight.packed, weight.scale, weight.zero)

@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, UInt8
 from awq_jax._operands import refuse_shape, refuse_weight
 from awq_jax._qtensor import QTensor
 from awq_jax._spec import QuantSpec
-from awq_jax_kernels.nibbles import pack
+from awq_jax_kernels.layout import pack
 
 __all__ = ["Grid", "code_range", "fake_quantize", "fit_grid", "packed_on", "quantize", "to_codes"]
 
@@ -66,14 +66,14 @@ def _span(weight: Array, spec: QuantSpec, ratio: Array | None) -> Grid:
     # An all-zero group may have any scale: 1 keeps it finite.
     stored = jnp.where(step > 0, jnp.maximum(step, _smallest_scale(spec)), 1.0).astype(spec.scale_dtype)
     scale = stored.astype(jnp.float32)
-    zero = jnp.full_like(scale, 8.0) if spec.symmetric else jnp.clip(-jnp.round(low / scale), 0, spec.levels)
+    zero = jnp.full_like(scale, spec.middle) if spec.symmetric else jnp.clip(-jnp.round(low / scale), 0, spec.levels)
     return Grid(stored, zero)
 
 
 def code_range(spec: QuantSpec) -> tuple[int, int]:
-    """The smallest and the largest code. A symmetric one sits around 8, so that its zero is 8 whatever the width."""
+    """The smallest and the largest code. Symmetric ones lie around the middle, in nibbles 8 whatever the width."""
     half = 2 ** (spec.bits - 1)
-    return (8 - half, 7 + half) if spec.symmetric else (0, spec.levels)
+    return (spec.middle - half, spec.middle + half - 1) if spec.symmetric else (0, spec.levels)
 
 
 def _on_grid(weight: Array, grid: Grid, spec: QuantSpec) -> tuple[Array, Array, Array]:
@@ -85,14 +85,14 @@ def _on_grid(weight: Array, grid: Grid, spec: QuantSpec) -> tuple[Array, Array, 
 
 
 def to_codes(weight: Float[Array, "*b k n"], grid: Grid, spec: QuantSpec) -> UInt8[Array, "*b k n"]:
-    """Nearest codes 0..15 of a weight on a grid."""
+    """Nearest codes of a weight on a grid."""
     return _on_grid(weight, grid, spec)[0].reshape(weight.shape).astype(jnp.uint8)
 
 
 def packed_on(codes: UInt8[Array, "*b k n"], grid: Grid, spec: QuantSpec) -> QTensor:
     """Codes on a grid as a weight."""
-    zero = None if spec.symmetric else grid.zero.astype(jnp.int8)
-    return QTensor(packed=pack(codes), scale=grid.scale, zero=zero, bits=spec.bits)
+    zero = None if spec.symmetric else grid.zero.astype(jnp.int8 if spec.bits <= 4 else jnp.uint8)
+    return QTensor(packed=pack(codes, spec.bits), scale=grid.scale, zero=zero, bits=spec.bits)
 
 
 def fake_quantize(

@@ -9,6 +9,8 @@ from typing import Any, Literal
 
 import numpy as np
 
+from awq_jax_kernels.codes import middle, per_byte
+
 __all__ = ["METHODS", "GPTQSpec", "QuantSpec", "Recipe", "RefineSpec", "ScaleRule", "SearchSpec", "rule"]
 
 
@@ -17,7 +19,7 @@ class QuantSpec:
     """The number format of a quantized weight.
 
     Attributes:
-      bits: 2, 3 or 4; codes lie in nibbles whatever the width.
+      bits: 2, 3, 4 or 8; codes lie in nibbles up to four bits, of eight each has its byte.
       group_size: rows (along the contraction axis) that share one scale and zero; -1 is the whole column.
       symmetric: zero point fixed at the middle of the range, or one zero code per group.
       scale_dtype: "float16", "bfloat16" or "float32", what scales are stored in; codes are rounded against the *stored*
@@ -36,9 +38,8 @@ class QuantSpec:
     scale_dtype: str = "float16"
 
     def __post_init__(self) -> None:
-        if self.bits not in (2, 3, 4):
-            wide = " Codes lie in nibbles; what needs more can stay in floating point (an override)."
-            raise ValueError(f"QuantSpec.bits is {self.bits}; supported are 2, 3 and 4.{wide if self.bits > 4 else ''}")
+        if self.bits not in (2, 3, 4, 8):
+            raise ValueError(f"QuantSpec.bits is {self.bits}; supported are 2, 3, 4 and 8.")
         if self.group_size != -1 and (self.group_size < 2 or self.group_size % 2):
             raise ValueError(
                 f"QuantSpec.group_size is {self.group_size}; it must be an even number of rows, "
@@ -52,27 +53,33 @@ class QuantSpec:
         """The largest code, ``2**bits - 1``."""
         return 2**self.bits - 1
 
+    @property
+    def middle(self) -> int:
+        """The code that is zero in a symmetric weight: 8, and 128 of eight bits."""
+        return middle(self.bits)
+
     def nbytes(self, *shape: int) -> int:
-        """Bytes of a quantized weight ``[*b, k, n]``: nibbles, a scale and at most a byte of zero for each group.
+        """Bytes of a quantized weight ``[*b, k, n]``: codes, a scale and at most a byte of zero for each group.
 
         >>> QuantSpec().nbytes(256, 10)
         1340
         """
         *batch, k, n = shape
         scale = 4 if self.scale_dtype == "float32" else 2
-        return math.prod(batch) * (k * n // 2 + (scale + 1) * n * (k // self.rows_per_group(k)))
+        return math.prod(batch) * (k * n // per_byte(self.bits) + (scale + 1) * n * (k // self.rows_per_group(k)))
 
     def rows_per_group(self, k: int, name: str = "weight") -> int:
         """Group size for a contraction axis of length k.
 
         Raises:
-          ValueError: the group size does not divide k, or k is odd.
+          ValueError: the group size does not divide k, or k is odd and two codes share a byte.
         """
         g = k if self.group_size == -1 else self.group_size
-        if k % g or k % 2:
+        odd = k % per_byte(self.bits) != 0
+        if k % g or odd:
             fits = [c for c in (128, 64, 32, 16, 8) if k % c == 0]
             remedy = f"Use one that divides it ({', '.join(map(str, fits))})" if fits else "Use group_size=-1"
-            if k % 2:
+            if odd:
                 raise ValueError(
                     f"Cannot quantize {name!r}: its contraction dimension {k} is odd, and two codes share a byte. "
                     "Leave it unquantized with an override."

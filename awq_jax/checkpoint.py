@@ -5,7 +5,8 @@ Every width, scale dtype and leading axis is kept as it is in memory; other form
 with ``params/`` (orbax) and a manifest of checksums, the recipe, and which subtrees are quantized weights.
 """
 
-import json
+import errno
+import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,28 +14,49 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
-from awq_jax._manifest import MANIFEST, make_manifest, read_manifest, tree_digests, verify
-from awq_jax._publish import INCOMPLETE, published, write_bytes
+from awq_jax._manifest import read_manifest, verify
+from awq_jax._publish import published, write_manifest
 from awq_jax._qtensor import QTensor
 from awq_jax._tree import get, leaves, put
 
 __all__ = ["load", "read_part", "save", "write_part"]
 
+_AT_ONCE = 256 << 20  # bytes that nobody is asked to account for
+_RATIO = 100  # of what is claimed to what is on the disk; codes hardly compress
 
-def _checkpointer() -> Any:
+
+def _checkpointer(together: str = "") -> Any:
+    """Orbax for this process alone or, under a name that all give, for all of them."""
     import orbax.checkpoint as ocp  # half a second that other users of this package need not wait for
 
     if jax.process_count() == 1:
         return ocp.Checkpointer(ocp.PyTreeCheckpointHandler())
-    # The others are not here: whoever writes or reads does so alone, and orbax must not wait for them.
-    alone = ocp.options.MultiprocessingOptions(
-        primary_host=jax.process_index(),
-        active_processes={jax.process_index()},
-        barrier_sync_key_prefix=f"process {jax.process_index()}",
+    here, everyone = jax.process_index(), set(range(jax.process_count()))
+    # Processes are named in either case: orbax then waits for these alone, and with a limit of time.
+    options = ocp.options.MultiprocessingOptions(
+        primary_host=0 if together else here,
+        active_processes=everyone if together else {here},
+        barrier_sync_key_prefix=together or f"process {here}",
     )
-    handler = ocp.PyTreeCheckpointHandler(multiprocessing_options=alone)
-    return ocp.Checkpointer(handler, multiprocessing_options=alone)
+    handler = ocp.PyTreeCheckpointHandler(multiprocessing_options=options)
+    return ocp.Checkpointer(handler, multiprocessing_options=options)
+
+
+def _spread(array: np.ndarray) -> Any:
+    """A matrix that all processes have, cut so that each writes one part of it; process 0 writes what can't be cut."""
+    count = jax.process_count()
+    fits = [axis for axis, size in enumerate(array.shape) if size and size % count == 0]
+    if array.ndim < 2 or not fits or array.dtype.itemsize > 4:  # jax narrows the wider dtypes
+        return array
+    firsts: dict[int, Any] = {}
+    for device in jax.devices():
+        firsts.setdefault(device.process_index, device)
+    mesh = jax.sharding.Mesh(np.array([firsts[process] for process in range(count)]), ("process",))
+    place = NamedSharding(mesh, P(*[None] * fits[0], "process"))
+    return jax.make_array_from_callback(array.shape, place, lambda part: array[part])
 
 
 def _plain(node: Any) -> Any:
@@ -60,26 +82,49 @@ def _describe(leaf: Any) -> dict[str, Any]:
     return {"nbytes": array.nbytes, "dtype": str(array.dtype)}
 
 
-def write_part(directory: Path, tree: Mapping[str, Any]) -> dict[str, Any]:
-    """Write a nested dict of arrays and `QTensor` leaves as one orbax checkpoint.
+def write_part(directory: Path, tree: Mapping[str, Any], together: str = "") -> dict[str, Any]:
+    """Write a nested dict of arrays and `QTensor` leaves as one orbax checkpoint, and read it back.
 
     Args:
       directory: to create.
       tree: nested dict with text keys.
+      together: where every process of `jax.distributed` calls this with the same tree and a directory that all see, a
+        name for the occasion: each then writes its share.
 
     Returns:
       What `read_part` needs to know, as JSON values.
 
     Raises:
-      OSError: orbax could not write it.
+      OSError: orbax could not write it, or it reads back different.
     """
+    plain = _plain(tree)
     try:
-        with _checkpointer() as checkpointer:
-            checkpointer.save(directory.resolve(), _plain(tree))
+        with _checkpointer(together) as checkpointer:
+            checkpointer.save(directory.resolve(), jax.tree.map(_spread, plain) if together else plain)
     except Exception as error:  # orbax and tensorstore raise what they like
         raise OSError(f"cannot write {directory.name!r} of {directory.parent}: {error}") from error
     described = {path: _describe(leaf) for path, leaf in leaves(tree)}
-    return {"nbytes": sum(kept["nbytes"] for kept in described.values()), "leaves": described}
+    description = {"nbytes": sum(kept["nbytes"] for kept in described.values()), "leaves": described}
+    if not together or jax.process_index() == 0:
+        _compare(directory, plain, description)
+    return description
+
+
+def _compare(directory: Path, plain: Mapping[str, Any], description: Mapping[str, Any]) -> None:
+    found = dict(leaves(_plain(read_part(directory, description))))
+    for path, array in leaves(plain):
+        same = found[path].dtype == array.dtype and found[path].shape == array.shape
+        if not same or found[path].tobytes() != array.tobytes():
+            said = f"{path!r} reads back different from what was written; check the disk"
+            raise OSError(errno.EIO, said, str(directory))
+
+
+def _refuse_bloated(directory: Path, stored: Any) -> None:
+    """Chunks that are not there count as zeros, so a few bytes can claim any size."""
+    claimed = sum(math.prod(leaf.shape) * np.dtype(leaf.dtype).itemsize for leaf in jax.tree.leaves(stored))
+    there = sum(path.stat().st_size for path in directory.rglob("*") if path.is_file())
+    if claimed > max(_AT_ONCE, _RATIO * there):
+        raise ValueError(f"its arrays claim {claimed} bytes, and there are {there} on the disk")
 
 
 def read_part(directory: Path, description: Mapping[str, Any]) -> dict[str, Any]:
@@ -88,11 +133,17 @@ def read_part(directory: Path, description: Mapping[str, Any]) -> dict[str, Any]
     Raises:
       ValueError: the files are damaged, or do not hold what the description says.
     """
+    import orbax.checkpoint as ocp
+
     if not directory.is_dir():
         raise FileNotFoundError(f"{directory} is missing; copy the checkpoint again.")
     try:
         with _checkpointer() as checkpointer:
-            tree = checkpointer.restore(directory.resolve())
+            stored = checkpointer.metadata(directory.resolve()).item_metadata.tree
+            _refuse_bloated(directory, stored)
+            # What several devices wrote would otherwise ask for as many again.
+            as_numpy = jax.tree.map(lambda leaf: ocp.RestoreArgs(restore_type=np.ndarray), stored)
+            tree = checkpointer.restore(directory.resolve(), restore_args=as_numpy)
         for path, kept in description["leaves"].items():
             if "bits" in kept:
                 tree = put(tree, path, QTensor(**get(tree, path), bits=int(kept["bits"])))
@@ -122,9 +173,7 @@ def save(
     """
     with published(out, overwrite=overwrite) as work:
         part = write_part(work / "params", params)
-        files = tree_digests(work, skip=(INCOMPLETE,))
-        manifest = make_manifest(files, {}, recipe, parts={"params": part})
-        write_bytes(work / MANIFEST, json.dumps(manifest, indent=2).encode())
+        write_manifest(work, recipe, parts={"params": part})
 
 
 def load(path: str | os.PathLike[str]) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from awq_jax import stdlib_text
-from awq_jax._publish import published, write_bytes
+from awq_jax._publish import published, write_bytes, write_manifest
 from awq_jax._spec import METHODS, QuantSpec, Recipe
 from awq_jax.pages import comparison_page, quantization_page
 from awq_jax.pages.comparison import HEAD, table_rows
@@ -17,6 +17,7 @@ from awq_jax.pipeline import quantize_checkpoint
 from awq_jax.prepare import read_samples
 from awq_jax.run import evaluate_checkpoint
 from awq_jax_convert.hf import HFCheckpoint
+from awq_jax_convert.sink import refuse_overlap
 
 __all__ = ["Compared", "compare_methods", "to_markdown"]
 
@@ -72,6 +73,7 @@ def compare_methods(
     samples: int = 128,
     seq_len: int = 512,
     tokens: int = 20_000,
+    overwrite: bool = False,
     progress: Callable[[str], None] = lambda step: None,
 ) -> tuple[Compared, ...]:
     """Quantize a model by every method and width, and measure each against it.
@@ -88,6 +90,7 @@ def compare_methods(
       samples: calibration samples at most.
       seq_len: tokens of a sample at most.
       tokens: of the held-out text, at most.
+      overwrite: replace ``out`` if awq-jax wrote it.
       progress: called with what begins.
 
     Returns:
@@ -98,8 +101,9 @@ def compare_methods(
     """
     recipes = list(_recipes(methods, bits, base))
     source = HFCheckpoint.open(Path(src))
+    refuse_overlap(source.path, Path(out))
     chosen = read_samples(source, None if calib is None else Path(calib), samples=samples, seq_len=seq_len)
-    with published(out) as work:
+    with published(out, overwrite=overwrite) as work:
         held = Path(text) if text is not None else work / "heldout.txt"
         if text is None:
             held.write_text(stdlib_text.documentation("heldout"), encoding="utf-8")
@@ -127,6 +131,7 @@ def compare_methods(
         record = [dataclasses.asdict(row) for row in rows]
         write_bytes(work / "comparison.json", json.dumps(record, indent=1, allow_nan=False).encode())
         write_bytes(work / "comparison.md", to_markdown(rows).encode())
+        write_manifest(work, format="comparison")
     return tuple(rows)
 
 

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from awq_jax import stdlib_text
 from awq_jax._outliers import plant_outliers
-from awq_jax._publish import published, write_bytes
+from awq_jax._publish import published, write_bytes, write_manifest
 from awq_jax._spec import Recipe, SearchSpec, rule
 from awq_jax.pipeline import quantize_checkpoint
 from awq_jax.prepare import plans_of, read_samples
@@ -97,6 +97,7 @@ def run_demo(
     *,
     quick: bool = False,
     prompt: str = "Return a list of",
+    overwrite: bool = False,
     progress: Callable[[str], None] = lambda step: None,
 ) -> tuple[DemoRow, ...]:
     """Quantize the shipped model with round to nearest and with AWQ, plain and with planted outliers, and compare.
@@ -105,6 +106,7 @@ def run_demo(
       out: directory to create: the dense models, the quantized ones, ``report.md`` and ``report.json``.
       quick: less text; seconds instead of a minute, and noisier numbers.
       prompt: what each model continues.
+      overwrite: replace ``out`` if awq-jax wrote it.
       progress: called with what begins.
 
     Raises:
@@ -113,7 +115,7 @@ def run_demo(
     """
     samples, tokens = (16, 4_000) if quick else (64, 20_000)
     rows: list[DemoRow] = []
-    with published(out) as work:
+    with published(out, overwrite=overwrite) as work:
         progress("reading the standard library's documentation")
         text, calib = work / "heldout.txt", work / "calibration.txt"
         text.write_text(stdlib_text.documentation("heldout"), encoding="utf-8")
@@ -132,6 +134,7 @@ def run_demo(
                 rows.append(_measure(name, method, target, seconds=time.perf_counter() - begun, **measured))
         write_bytes(work / "report.json", json.dumps([dataclasses.asdict(row) for row in rows], indent=1).encode())
         write_bytes(work / "report.md", to_markdown(rows, prompt).encode())
+        write_manifest(work, format="demo")
     return tuple(rows)
 
 

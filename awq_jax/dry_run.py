@@ -19,10 +19,12 @@ from awq_jax._spec import Recipe
 from awq_jax.gram_memory import blocked, gram_bytes
 from awq_jax.layer_loop import MEASURED
 from awq_jax.layer_step import quantize_and_measure
-from awq_jax.prepare import kernel_shapes, open_planned, refuse_below_one, refuse_long
+from awq_jax.prepare import kernel_shapes, open_planned, read_samples, refuse_below_one, refuse_long, room_bytes
+from awq_jax.resume import refuse_output
 from awq_jax.sharding import Layout
 from awq_jax_convert.hf import HFCheckpoint
 from awq_jax_convert.hf_config import FamilyChoice
+from awq_jax_convert.sink import refuse_overlap
 
 __all__ = ["DryRun", "LayerCost", "dry_run", "dry_run_directory", "layer_bytes", "layer_flops"]
 
@@ -226,7 +228,7 @@ def dry_run(
         layers=tuple(layers),
         bytes_before=checkpoint.nbytes,
         bytes_after=after,
-        disk_bytes=after + (after + 3 * hidden if keep else 0),
+        disk_bytes=room_bytes(checkpoint, plans, tokens, keep),
         device_bytes=max(device, 2 * stem + hidden),
         host_bytes=process + beside,
         gram_bytes=max(gram_bytes(plan, quantized) for plan in set(plans)),
@@ -237,27 +239,48 @@ def dry_run(
 
 def dry_run_directory(
     src: str | pathlib.Path,
+    out: str | pathlib.Path | None = None,
     *,
     recipe: Recipe,
     format: str,
+    calib: str | pathlib.Path | None = None,
     samples: int,
     seq_len: int,
     batch: int,
     serve_tp: int = 1,
     family: FamilyChoice = None,
-    keep: bool = True,
+    overwrite: bool = False,
+    resume: str = "auto",
     mesh: Mapping[str, int] | None = None,
 ) -> DryRun:
-    """`dry_run` of a checkpoint directory; refuses what `quantize_checkpoint` would refuse for its shapes.
+    """`dry_run` of a checkpoint directory; refuses what `quantize_checkpoint` would refuse before it reads a weight.
+
+    Args:
+      src, recipe, format, serve_tp, family, resume, mesh: as for `quantize_checkpoint`.
+      out: the output, whose name and place are checked; None is not. Whether the disk has ``disk_bytes`` free is left
+        to `awq_jax.resume.refuse_output`, so that who has not enough still learns how much it takes.
+      calib: calibration text, which then says how many samples there are; None counts with as many as asked for.
+      samples: of calibration at most.
+      seq_len: tokens of each at most.
+      batch: samples that go through a layer together.
+      overwrite: the output may exist.
 
     Raises:
-      FileNotFoundError, ValueError: bad input, named.
+      FileNotFoundError, FileExistsError, ValueError: bad input, named.
+      OSError: the output can't be made where it is to be.
     """
     refuse_below_one(samples=samples, seq_len=seq_len, batch=batch)
     checkpoint, plans, _ = open_planned(pathlib.Path(src), recipe, format, serve_tp, family)
+    if out is not None:
+        refuse_overlap(checkpoint.path, pathlib.Path(out))
+        refuse_output(out, resume, overwrite=overwrite)
+    if calib is not None:
+        found = read_samples(checkpoint, pathlib.Path(calib), samples=samples, seq_len=seq_len)
+        samples, seq_len = found.tokens.shape
     refuse_long(seq_len, checkpoint.config.max_position_embeddings)
     if samples * seq_len >= 2**31:
         raise ValueError(f"{samples} samples of {seq_len} tokens are more than 2**31 tokens; take fewer (--samples).")
+    keep = resume != "never"
     return dry_run(checkpoint, plans, samples=samples, seq_len=seq_len, batch=batch, keep=keep, mesh=mesh)
 
 

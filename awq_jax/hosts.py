@@ -157,7 +157,7 @@ class Hosts:
         if isinstance(error, ProcessLost):
             return error
         gloo = "Gloo" in str(error)  # gloo's errors arrive as ValueError, which otherwise says that the input is bad
-        broken = gloo or isinstance(error, jax.errors.JaxRuntimeError)
+        broken = gloo or any(isinstance(e, jax.errors.JaxRuntimeError) for e in (error, error.__cause__))
         if broken:  # a collective's end is closed; the reason may be on its way
             self._silence_s = _BROKEN_S
             until = time.monotonic() + 2 * _BROKEN_S
@@ -223,10 +223,24 @@ def together(limit_s: float = 600.0) -> Iterator[Hosts]:
 
 
 def _client() -> Any:
-    """The key-value store of `jax.distributed`, which has no public name yet."""
-    from jax._src import distributed
+    """The key-value store of `jax.distributed`, which has no public name yet; orbax reaches for it in the same way.
 
-    return distributed.global_state.client
+    Raises:
+      RuntimeError: this jax has it elsewhere.
+    """
+    try:
+        from jax._src import distributed
+
+        client = distributed.global_state.client
+        if all(hasattr(client, name) for name in ("key_value_set", "key_value_dir_get")):
+            return client
+    except (ImportError, AttributeError):
+        pass
+    raise RuntimeError(
+        f"jax {jax.__version__} does not have the key-value store of jax.distributed where awq-jax looks for it, so "
+        "several processes cannot hear of each other's failures. Use a jax that it was tested with (0.10 to 0.12), or "
+        "one process."
+    )
 
 
 def leave(code: int) -> int:

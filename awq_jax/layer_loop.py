@@ -112,9 +112,9 @@ def _finished(job: Job, writer: ModelWriter | None, session: Session, resumed: i
     kept = session.layers()
     for index in range(resumed):
         text = None
-        if writer:
+        if writer and job.hosts.first:
             report, params = next(kept)
-            writer.write_layer(index, params)
+            writer.write_kept(index, params)
             text = json.dumps(dataclasses.asdict(report), allow_nan=False)
         report = report_of(json.loads(job.hosts.share(f"finished layer {index}", text)))
         if job.progress:
@@ -164,6 +164,7 @@ def quantize_layers(
         _refuse_unusable(index, outcome.layer.params, outcome)
         if writer:
             with clock.phase("read and write"):
+                session.check()
                 writer.write_layer(index, outcome.layer.params)
         report = layer_report(index, plan, outcome)
         streams = {"hidden": hidden} | ({} if stream is None else {"stream": stream})

@@ -25,12 +25,13 @@ from awq_jax.prepare import (
     read_samples,
     refuse_below_one,
     refuse_long,
+    room_bytes,
     specs_of,
 )
 from awq_jax.report import LayerReport, LinearReport, Report
 from awq_jax.resume import Session, fingerprint, resuming
 from awq_jax.sharding import Layout
-from awq_jax_convert.formats import open_writer
+from awq_jax_convert.formats import open_follower, open_writer
 from awq_jax_convert.hf import HFCheckpoint
 from awq_jax_convert.hf_config import FamilyChoice
 from awq_jax_convert.sink import ModelWriter, refuse_overlap
@@ -113,18 +114,24 @@ def quantize_checkpoint(
         expected = expected_bytes(checkpoint, plans)
         with ExitStack() as opened:
             session, writer = Session(None, inputs), None
+            batches = chunks_of(calib, batch)
             if hosts.first:
-                kept = 0 if resume == "never" else expected + 3 * 4 * calib.tokens.size * checkpoint.config.hidden_size
+                room = room_bytes(checkpoint, plans, batches[0].size, resume != "never")
                 writer = _open_writer(format, checkpoint, out, plans, recipe, overwrite, expected)
-                unfinished = resuming(out, resume, inputs, overwrite=overwrite, expected_bytes=expected + kept)
+                unfinished = resuming(out, resume, inputs, overwrite=overwrite, expected_bytes=room)
                 session = opened.enter_context(unfinished)
+            else:
+                writer = open_follower(format, checkpoint, out)
+            if writer:
                 opened.enter_context(writer)
             opened.enter_context(hosts.explained())  # innermost: what another process breaks is not this one's input
             resumed = int(hosts.share("finished", str(session.finished)))
+            alone = writer.share(hosts) if writer and hosts.count > 1 else ""
             job = Job(checkpoint, plans, layout, hosts, clock, progress, keep=resume != "never")
-            layers = tuple(quantize_layers(job, chunks_of(calib, batch), writer, session, resumed))
-            report = _report(job, layers, recipe, calib, inputs, resumed, writer.nbytes if writer else expected)
-            if writer:
+            layers = tuple(quantize_layers(job, batches, writer, session, resumed))
+            written = writer.nbytes if writer and hosts.first else expected
+            report = _report(job, layers, recipe, calib, inputs, resumed, written, alone)
+            if writer and hosts.first:
                 writer.write_text("awq_jax_report.json", report.to_json())
                 writer.write_text("awq_jax_report.html", quantization_page(checkpoint.path.name, report.to_dict()))
                 writer.write_text("README.md", model_card(checkpoint.path.name, checkpoint.family.name, report))
@@ -161,6 +168,7 @@ def _report(
     inputs: Mapping[str, str],
     resumed: int,
     written: int,
+    alone: str,
 ) -> Report:
     """Of a run whose layers are all there."""
     report = Report(
@@ -180,7 +188,7 @@ def _report(
         peak_memory_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         bytes_before=job.checkpoint.nbytes,
         bytes_after=written,
-        warnings=(*calib.notes, *blocked(job.plans, kernel_shapes(job.checkpoint, job.plans))),
+        warnings=(*calib.notes, *blocked(job.plans, kernel_shapes(job.checkpoint, job.plans)), *filter(None, (alone,))),
         inputs=dict(inputs),
         resumed_layers=resumed,
         peak_device_bytes=max((d.memory_stats() or {}).get("peak_bytes_in_use", 0) for d in jax.local_devices()),

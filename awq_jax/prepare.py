@@ -31,6 +31,7 @@ __all__ = [
     "read_samples",
     "refuse_below_one",
     "refuse_long",
+    "room_bytes",
     "specs_of",
 ]
 
@@ -138,9 +139,9 @@ def open_planned(
     if checkpoint.hf.table is not None:  # nobody has tested it
         for config, plan in {checkpoint.config.of_layer(i): plan for i, plan in enumerate(plans)}.items():
             refuse_false_groups(checkpoint.family.name, config, plan)
-    refuse_misfit(format, specs_of(plans))
     refuse_unwritable(format, checkpoint, _schemes(checkpoint, plans))
     refuse_straddling(plans, shapes, serve_tp)
+    refuse_misfit(format, specs_of(plans))
     return checkpoint, plans, fitted
 
 
@@ -158,6 +159,21 @@ def expected_bytes(checkpoint: HFCheckpoint, plans: tuple[LayerPlan, ...]) -> in
             name = f"layers/{index}/{path}/kernel"
             total += spec.nbytes(*checkpoint.shape(name)) - checkpoint.stored_nbytes(name)
     return total
+
+
+def room_bytes(checkpoint: HFCheckpoint, plans: Sequence[LayerPlan], tokens: int, keep: bool) -> int:
+    """Free space that a run needs: the output and, where layers are kept to resume from, these and three states.
+
+    Args:
+      checkpoint: opened.
+      plans: of its layers.
+      tokens: of calibration, padding included.
+      keep: finished layers are kept.
+    """
+    expected = expected_bytes(checkpoint, tuple(plans))
+    streams = 2 if any(plan.propagate for plan in plans) else 1
+    state = 4 * tokens * checkpoint.config.hidden_size * streams
+    return expected + (expected + 3 * state if keep else 0)
 
 
 def chunks_of(samples: Samples, batch: int) -> tuple[np.ndarray, np.ndarray]:

@@ -16,11 +16,10 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Key
 
-from awq_jax._qtensor import QTensor, dequantize_tree
+from awq_jax._qtensor import QTensor, codes_of, dequantize_tree
 from awq_jax._round import Grid, code_range, packed_on
 from awq_jax._spec import QuantSpec, RefineSpec
 from awq_jax._tree import get, leaves, put
-from awq_jax_kernels.nibbles import unpack
 
 __all__ = ["Batch", "draw", "refine"]
 
@@ -41,7 +40,8 @@ def _spec_of(weight: QTensor) -> QuantSpec:
 
 def _zero(weight: QTensor) -> Array:
     """Zero codes, float32, of every group."""
-    return jnp.full(weight.scale.shape, 8.0) if weight.zero is None else weight.zero.astype(jnp.float32)
+    symmetric = weight.zero is None
+    return jnp.full(weight.scale.shape, float(weight.middle)) if symmetric else weight.zero.astype(jnp.float32)
 
 
 def _rows(per_group: Array, weight: QTensor) -> Array:
@@ -50,7 +50,7 @@ def _rows(per_group: Array, weight: QTensor) -> Array:
 
 def _start(weight: QTensor, wanted: Array) -> dict[str, Array]:
     """Where training begins: it rounds to the weight's own codes and scales."""
-    codes = unpack(weight.packed).astype(jnp.float32)
+    codes = codes_of(weight).astype(jnp.float32)
     place = wanted / _rows(weight.scale.astype(jnp.float32), weight) + _rows(_zero(weight), weight)
     place = jnp.where(jnp.isfinite(place), place, codes)
     return {"code": jnp.clip(place, codes - _INSIDE, codes + _INSIDE), "log_scale": jnp.zeros(weight.scale.shape)}

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """The accuracy table of docs/method.md: what each method, rule and option is worth in KL divergence.
 
-    python benchmarks/accuracy.py                          # the shipped model, plain and with planted outliers
-    python benchmarks/accuracy.py --only awq gptq          # these rows anew, the others from the file
-    python benchmarks/accuracy.py --model DIR --calib calib.txt --text held_out.txt
+    python -m benchmarks.accuracy                          # the shipped model, plain and with planted outliers
+    python -m benchmarks.accuracy --second DIR             # and a second one, trained there in minutes if need be
+    python -m benchmarks.accuracy --only awq gptq          # these rows anew, the others from the file
+    python -m benchmarks.accuracy --model DIR --calib calib.txt --text held_out.txt
 
 Writes benchmarks/results/accuracy.json and prints the table as Markdown.
 """
@@ -23,6 +24,8 @@ from awq_jax._spec import GPTQSpec, QuantSpec, Recipe, RefineSpec, SearchSpec, r
 from awq_jax.demo import MODEL, plant_checkpoint
 from awq_jax.pipeline import quantize_checkpoint
 from awq_jax.run import evaluate_checkpoint
+from awq_jax_convert.hf import HFCheckpoint
+from benchmarks.second_model import make_second_model
 
 RESULTS = pathlib.Path(__file__).with_name("results") / "accuracy.json"
 
@@ -56,75 +59,142 @@ def recipes() -> dict[str, Recipe]:
     }
 
 
-# Planted outliers ask one question, whether a search finds them; the finer ones are asked on the plain model.
-ON_PLANTED = ("round to nearest", "awq", "gptq", "awq+gptq")
+# The rows that every model gets; the finer ones ask their question of the plain model alone.
+ON_EVERY = (
+    "round to nearest",
+    "awq without clipping",
+    "awq",
+    "awq+gptq",
+    "awq+gptq, propagated",
+    "awq+gptq, propagated, refined",
+)
 
 
-def measure(src: pathlib.Path, recipe: Recipe, bits: int, calib: pathlib.Path, text: pathlib.Path) -> dict[str, Any]:
+@dataclasses.dataclass(frozen=True)
+class Subject:
+    """A model and the texts that it is calibrated and measured on."""
+
+    src: pathlib.Path
+    calib: pathlib.Path
+    text: pathlib.Path
+
+
+def subjects(work: pathlib.Path, a: argparse.Namespace) -> dict[str, Subject]:
+    """The models by their names in the table, each plain and with planted outliers."""
+    calib, text = a.calib or work / "calib.txt", a.text or work / "text.txt"
+    if a.calib is None:
+        calib.write_text(stdlib_text.documentation("calibration"), encoding="utf-8")
+    if a.text is None:
+        text.write_text(stdlib_text.documentation("heldout"), encoding="utf-8")
+    found = {"plain": Subject(a.model, calib, text)}
+    if a.second is not None:
+        found["second"] = Subject(*make_second_model(a.second))
+    for name, subject in list(found.items()):
+        planted = work / f"{name} planted"
+        plant_checkpoint(subject.src, planted)
+        found["planted" if name == "plain" else f"{name} planted"] = dataclasses.replace(subject, src=planted)
+    return found
+
+
+def measure(subject: Subject, recipe: Recipe, bits: int) -> dict[str, Any]:
     """Quantize and evaluate once."""
+    seq_len = min(512, HFCheckpoint.open(subject.src).config.max_position_embeddings)
     with tempfile.TemporaryDirectory() as home:
         out = pathlib.Path(home) / "out"
         recipe = dataclasses.replace(recipe, quant=QuantSpec(bits=bits))
-        report = quantize_checkpoint(src, out, recipe=recipe, calib=calib, format="native")
-        found = evaluate_checkpoint(out, text, base=src)
+        report = quantize_checkpoint(
+            subject.src, out, recipe=recipe, calib=subject.calib, seq_len=seq_len, format="native"
+        )
+        found = evaluate_checkpoint(out, subject.text, base=subject.src)
     fell_back = sum(layer.fell_back for layer in report.layers)
     return {**dataclasses.asdict(found), "seconds": sum(report.seconds.values()), "fell_back": fell_back}
 
 
-def to_markdown(rows: list[dict[str, Any]]) -> str:
-    """One line per recipe; KL, and in brackets its ratio to round to nearest."""
-    columns = list(dict.fromkeys((r["model"], r["bits"]) for r in rows))
-    by_name: dict[str, dict[tuple[str, int], dict[str, Any]]] = {}
+Cells = dict[str, dict[tuple[str, int], float]]
+
+
+def _cells(rows: list[dict[str, Any]]) -> Cells:
+    """KL by recipe, and by model and width."""
+    cells: Cells = {}
     for row in rows:
-        by_name.setdefault(row["recipe"], {})[row["model"], row["bits"]] = row
-    base = by_name.get("round to nearest", {})
+        cells.setdefault(row["recipe"], {})[row["model"], row["bits"]] = row["kl"]
+    return cells
+
+
+def _table(head: list[str], lines: list[list[str]]) -> str:
+    rows = [head, ["---"] * len(head), *lines]
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows).replace("| --- ", "|---").replace("--- |", "---|")
+
+
+def to_markdown(rows: list[dict[str, Any]]) -> str:
+    """A table for each model: one line per recipe; KL, and in brackets its ratio to round to nearest."""
+    cells, tables = _cells(rows), []
+    base = cells.get("round to nearest", {})
+    for models in (("plain", "planted"), ("second", "second planted")):
+        columns = [c for c in dict.fromkeys((r["model"], r["bits"]) for r in rows) if c[0] in models]
+        columns.sort(key=lambda c: (models.index(c[0]), -c[1]))
+        ratio = lambda kl, c: f" ({kl / base[c]:.2f})" if c in base else ""
+        lines = [
+            [name, *(f"{found[c]:.4f}{ratio(found[c], c)}" if c in found else "" for c in columns)]
+            for name, found in cells.items()
+            if any(c in found for c in columns)
+        ]
+        if lines:
+            tables.append(_table(["recipe", *(f"{model} INT{bits}" for model, bits in columns)], lines))
+    return "\n\n".join(tables)
+
+
+def below_nearest(rows: list[dict[str, Any]]) -> str:
+    """By how much each recipe's KL lies below round to nearest's, in percent, on every model."""
+    cells = _cells(rows)
+    base = cells.get("round to nearest", {})
+    columns = [(model, bits) for bits in (4, 3) for model in ("plain", "planted", "second", "second planted")]
+    columns = [c for c in columns if c in base]
     lines = [
-        "| recipe | " + " | ".join(f"{model} INT{bits}" for model, bits in columns) + " |",
-        "|---" * (len(columns) + 1) + "|",
+        [name, *(f"{100 * (cells[name][c] / base[c] - 1):+.0f}" if c in cells[name] else "" for c in columns)]
+        for name in ON_EVERY[1:]
+        if name in cells
     ]
-    for name, found in by_name.items():
-        ratio = {c: f" ({row['kl'] / base[c]['kl']:.2f})" if c in base else "" for c, row in found.items()}
-        cells = (f"{found[c]['kl']:.4f}{ratio[c]}" if c in found else "" for c in columns)
-        lines.append(f"| {name} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+    return _table(["recipe, % of KL", *(f"INT{bits} {model}" for model, bits in columns)], lines)
 
 
 def main() -> None:
-    """Run every search on every model and width."""
+    """Run every recipe on every model and width."""
     p = argparse.ArgumentParser(description=str(__doc__).splitlines()[0], allow_abbrev=False)
     p.add_argument("--model", type=pathlib.Path, default=MODEL)
     p.add_argument("--calib", type=pathlib.Path, help="default: the standard library's documentation")
     p.add_argument("--text", type=pathlib.Path, help="default: the held-out part of it")
+    p.add_argument("--second", type=pathlib.Path, metavar="DIR", help="and the second model, trained there if need be")
     p.add_argument("--bits", type=int, nargs="+", default=[4, 3])
     p.add_argument("--only", nargs="+", metavar="RECIPE", help="rows to measure; the others keep what --out has")
+    p.add_argument("--on", nargs="+", metavar="MODEL", help="models to measure; the others keep what --out has")
     p.add_argument("--out", type=pathlib.Path, default=RESULTS)
     a = p.parse_args()
     found: dict[tuple[str, int, str], dict[str, Any]] = {}
-    if a.only and a.out.is_file():
-        kept = json.loads(a.out.read_text(encoding="utf-8"))["rows"]
-        found = {(row["model"], row["bits"], row["recipe"]): row for row in kept}
+    note = ""
+    if (a.only or a.on) and a.out.is_file():
+        record = json.loads(a.out.read_text(encoding="utf-8"))
+        found = {(row["model"], row["bits"], row["recipe"]): row for row in record["rows"]}
+        note = record.get("note", "")
+    order = {name: place for place, name in enumerate(recipes())}
+    a.out.parent.mkdir(parents=True, exist_ok=True)
+    rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as home:
-        work = pathlib.Path(home)
-        calib, text = a.calib or work / "calib.txt", a.text or work / "text.txt"
-        if a.calib is None:
-            calib.write_text(stdlib_text.documentation("calibration"), encoding="utf-8")
-        if a.text is None:
-            text.write_text(stdlib_text.documentation("heldout"), encoding="utf-8")
-        plant_checkpoint(a.model, work / "planted")
+        models = subjects(pathlib.Path(home), a)
         for name, recipe in recipes().items():
             for bits in a.bits:
-                for model, src in (("plain", a.model), ("planted", work / "planted")):
-                    if (model == "planted" and name not in ON_PLANTED) or (a.only and name not in a.only):
+                for model, subject in models.items():
+                    asked = (not a.only or name in a.only) and (not a.on or model in a.on)
+                    if not asked or (model != "plain" and name not in ON_EVERY):
                         continue
-                    row = {"model": model, "bits": bits, "recipe": name, **measure(src, recipe, bits, calib, text)}
+                    row = {"model": model, "bits": bits, "recipe": name, **measure(subject, recipe, bits)}
                     found[model, bits, name] = row
                     print(json.dumps(row), flush=True)
-    order = {name: place for place, name in enumerate(recipes())}
-    rows = sorted(found.values(), key=lambda row: (order[row["recipe"]], row["model"], -row["bits"]))
-    record = {"versions": {"python": platform.python_version(), "jax": jax.__version__}, "rows": rows}
-    a.out.parent.mkdir(parents=True, exist_ok=True)
-    a.out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    print(to_markdown(rows))
+                    rows = sorted(found.values(), key=lambda row: (order[row["recipe"]], row["model"], -row["bits"]))
+                    versions = {"python": platform.python_version(), "jax": jax.__version__}
+                    record = {"versions": versions, **({"note": note} if note else {}), "rows": rows}
+                    a.out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    print(to_markdown(rows), below_nearest(rows), sep="\n\n")
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ cores, which other work on the machine changes little.
 """
 
 import argparse
+import contextlib
 import json
 import os
 import pathlib
@@ -15,6 +16,7 @@ import resource
 import subprocess
 import sys
 import tempfile
+import threading
 from typing import Any
 
 import ml_dtypes
@@ -84,6 +86,38 @@ def _children_s() -> float:
     return used.ru_utime + used.ru_stime
 
 
+class Watched:
+    """The most bytes that lay under a directory while the block ran, looked at twenty times a second.
+
+    Args:
+      home: of the output and of what is kept beside it.
+      but: a folder in it that does not count.
+    """
+
+    def __init__(self, home: pathlib.Path, but: pathlib.Path) -> None:
+        self.peak = 0
+        self._home, self._but, self._ended = home, but, threading.Event()
+        self._watcher = threading.Thread(target=self._watch, daemon=True)
+
+    def __enter__(self) -> "Watched":
+        self._watcher.start()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._ended.set()
+        self._watcher.join()
+
+    def _watch(self) -> None:
+        while not self._ended.wait(0.05):
+            found = 0
+            for folder, names, files in os.walk(self._home):
+                names[:] = [name for name in names if pathlib.Path(folder, name) != self._but]
+                for name in files:
+                    with contextlib.suppress(FileNotFoundError):  # renamed meanwhile
+                        found += os.lstat(os.path.join(folder, name)).st_size
+            self.peak = max(self.peak, found)
+
+
 def measure(layers: int, hidden: int = HIDDEN, inner: int = INNER) -> dict[str, Any]:
     """Peak memory, seconds and bytes of one depth, and the memory that was foretold."""
     with tempfile.TemporaryDirectory() as folder:
@@ -91,7 +125,8 @@ def measure(layers: int, hidden: int = HIDDEN, inner: int = INNER) -> dict[str, 
         size = make_checkpoint(home / "src", layers, hidden, inner)
         said = predict(home / "src")
         begun = _children_s()
-        report = quantize(home / "src", home / "out")
+        with Watched(home, home / "src") as disk:
+            report = quantize(home / "src", home / "out")
         used = _children_s() - begun
     return {
         "layers": layers,
@@ -99,6 +134,8 @@ def measure(layers: int, hidden: int = HIDDEN, inner: int = INNER) -> dict[str, 
         "bytes_per_layer": size // layers,
         "peak_memory_bytes": report["peak_memory_bytes"],
         "predicted_bytes": said["peak_memory_bytes"],
+        "peak_disk_bytes": disk.peak,
+        "predicted_disk_bytes": said["disk_bytes"],
         "cpu_s": round(used, 1),
         "seconds": report["seconds"],
     }

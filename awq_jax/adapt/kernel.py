@@ -9,9 +9,8 @@ import numpy as np
 from jaxtyping import Array
 
 from awq_jax._pytree import pytree, static
-from awq_jax._qtensor import QTensor, dequantize
+from awq_jax._qtensor import QTensor, dequantize, product
 from awq_jax.adapt.layout import Layout
-from awq_jax_kernels.int4_matmul import int4_matmul
 
 __all__ = ["QKernel", "as_kernel", "is_kernel"]
 
@@ -56,7 +55,7 @@ class QKernel:
         """``x @ matrix``: ``[*batch, m, k]`` to ``[*batch, m, n]``, once stacked layers are scanned away."""
         if self.inverse is not None:
             x = (x.astype(jnp.float32) * self.inverse[..., None, :]).astype(x.dtype)
-        return int4_matmul(x, self.weight.packed, self.weight.scale, self.weight.zero)
+        return product(x, self.weight)
 
     def dense(self) -> Array:
         """The kernel it stands for."""

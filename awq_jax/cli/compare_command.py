@@ -18,7 +18,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
     add = parser.add_argument
     add("src", type=pathlib.Path, metavar="SRC", help="dense Hugging Face directory")
-    add("out", type=pathlib.Path, metavar="OUT", help="directory to write; must not exist")
+    add("out", type=pathlib.Path, metavar="OUT", help="directory to write; must not exist, or see --overwrite")
     add("--methods", default="minmax,awq,gptq,awq+gptq", metavar="M,…", help="methods (%(default)s)")
     add("--bits", default="4,3", metavar="B,…", help="widths (%(default)s)")
     add("--group-size", type=int, default=128, metavar="G", help="rows that share a scale (%(default)s)")
@@ -28,6 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--samples", type=int, default=128, metavar="N", help="calibration samples (%(default)s)")
     add("--seq-len", type=int, default=512, metavar="T", help="tokens of a sample (%(default)s)")
     add("--tokens", type=int, default=20_000, metavar="N", help="of the held-out text (%(default)s)")
+    add("--overwrite", action="store_true", help="replace OUT if awq-jax wrote it")
     add("--json", action="store_true", help="print the comparison as JSON on stdout")
     add("--quiet", action="store_true", help="no progress")
 
@@ -54,6 +55,7 @@ def run(args: argparse.Namespace) -> int:
             samples=args.samples,
             seq_len=args.seq_len,
             tokens=args.tokens,
+            overwrite=args.overwrite,
             progress=status.update,
         )
     if args.json:

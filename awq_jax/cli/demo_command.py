@@ -26,6 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--prompt", default="Return a list of", metavar="TEXT", help="what each model continues (%(default)r)")
     add("--quick", action="store_true", help="less text: seconds, and noisier numbers")
+    add("--overwrite", action="store_true", help="replace DIR if awq-jax wrote it")
     add("--json", action="store_true", help="print the comparison as JSON on stdout")
 
 
@@ -39,7 +40,9 @@ def run(args: argparse.Namespace) -> int:
     from awq_jax.demo import run_demo
 
     with Console(stderr=True).status("importing jax") as status:
-        rows = run_demo(args.out, quick=args.quick, prompt=args.prompt, progress=status.update)
+        rows = run_demo(
+            args.out, quick=args.quick, prompt=args.prompt, overwrite=args.overwrite, progress=status.update
+        )
     if args.json:
         print(json.dumps({"out": str(args.out), "rows": [dataclasses.asdict(row) for row in rows]}))
         return 0

@@ -233,22 +233,43 @@ def _kept(store: pathlib.Path) -> Iterator[None]:
         raise
 
 
+def _dry_run(args: argparse.Namespace, recipe: "Recipe", fmt: str, about: dict[str, str]) -> None:
+    """Say what it would cost, then whether the disk has the room."""
+    from awq_jax.cli.dry_run_output import show
+    from awq_jax.dry_run import dry_run_directory
+    from awq_jax.resume import refuse_output
+    from awq_jax.sharding import parse_mesh
+
+    if joining.asked(args):
+        raise ValueError(
+            "--dry-run counts for one process; leave out --distributed, --coordinator and what goes with it."
+        )
+    found = dry_run_directory(
+        args.src,
+        args.out,
+        recipe=recipe,
+        format=fmt,
+        calib=args.calib,
+        samples=args.samples,
+        seq_len=args.seq_len,
+        batch=args.batch,
+        serve_tp=args.serve_tp,
+        family=args.family,
+        overwrite=args.overwrite,
+        resume=args.resume,
+        mesh=parse_mesh(args.mesh) if args.mesh else None,
+    )
+    show(found, about, as_json=args.json)
+    refuse_output(args.out, args.resume, overwrite=args.overwrite, expected_bytes=found.disk_bytes)
+
+
 def run(args: argparse.Namespace) -> int:
     """Quantize."""
     fmt = args.format if args.format != "auto" else ("autoawq" if args.bits == 4 else "native")
     recipe = _recipe(args, fmt)
     about = {"src": str(args.src), "out": str(args.out), "format": fmt}
     if args.dry_run:
-        from awq_jax.cli.dry_run_output import show
-        from awq_jax.dry_run import dry_run_directory
-        from awq_jax.sharding import parse_mesh
-
-        options = {"samples": args.samples, "seq_len": args.seq_len, "batch": args.batch, "serve_tp": args.serve_tp}
-        options |= {"family": args.family}
-        kept = args.resume != "never"
-        mesh = parse_mesh(args.mesh) if args.mesh else None
-        found = dry_run_directory(args.src, recipe=recipe, format=fmt, keep=kept, mesh=mesh, **options)
-        show(found, about, as_json=args.json)
+        _dry_run(args, recipe, fmt, about)
         return 0
 
     from rich.console import Console

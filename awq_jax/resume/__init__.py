@@ -4,5 +4,6 @@
 from awq_jax.resume.fingerprint import fingerprint as fingerprint
 from awq_jax.resume.session import MODES as MODES
 from awq_jax.resume.session import Session as Session
+from awq_jax.resume.session import refuse_output as refuse_output
 from awq_jax.resume.session import resuming as resuming
 from awq_jax.resume.session import store_of as store_of

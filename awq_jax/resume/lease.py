@@ -3,7 +3,6 @@
 
 import contextlib
 import errno
-import fcntl
 import json
 import os
 import secrets
@@ -12,6 +11,8 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+
+from awq_jax._publish import take_lock
 
 __all__ = ["Lease", "leased"]
 
@@ -75,7 +76,7 @@ def _locked(path: Path) -> int:
     while True:
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
         try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            take_lock(fd, path)
             if os.path.samestat(os.stat(path), os.fstat(fd)):
                 return fd
         except FileNotFoundError:  # removed by its holder, who is done
@@ -83,6 +84,9 @@ def _locked(path: Path) -> int:
         except BlockingIOError:
             os.close(fd)
             raise _busy(path, str(_read(path).get("holder"))) from None
+        except OSError:
+            os.close(fd)
+            raise
         os.close(fd)
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import ml_dtypes  # noqa: F401 - registers bfloat16 with numpy
 import numpy as np
 
-from awq_jax._publish import sync_directory, write_bytes
+from awq_jax._publish import rename, sync_directory, write_bytes
 from awq_jax_convert.safetensors_header import DTYPES, dtype_name, read_header
 from awq_jax_convert.shard import write_shard
 
@@ -87,7 +87,7 @@ class Objects:
         return self._temporary
 
     def _place(self, digest: str) -> str:
-        os.rename(self._temporary, self.folder / digest)
+        rename(self._temporary, self.folder / digest)
         sync_directory(self.folder)
         return digest
 

@@ -9,6 +9,7 @@ generation.
 
 import contextlib
 import dataclasses
+import errno
 import json
 import os
 import re
@@ -21,13 +22,13 @@ from typing import Any
 
 import numpy as np
 
-from awq_jax._publish import refuse_existing, refuse_lack_of_room, sync_directory, write_bytes
+from awq_jax._publish import refuse_existing, refuse_lack_of_room, rename, sync_directory, write_bytes
 from awq_jax.report import LayerReport
 from awq_jax.resume.layers import from_tensors, report_of, to_tensors
 from awq_jax.resume.lease import Lease, leased
 from awq_jax.resume.objects import Objects
 
-__all__ = ["MODES", "Damaged", "Session", "resuming", "store_of"]
+__all__ = ["MODES", "Damaged", "Session", "refuse_output", "resuming", "store_of"]
 
 MODES = ("auto", "required", "never")
 _FORMAT = 1
@@ -122,6 +123,15 @@ class Session:
         }
         self._added.append(row)
 
+    def check(self) -> None:
+        """Make sure that what is about to be written is still this run's.
+
+        Raises:
+          BlockingIOError: another process took over.
+        """
+        if self._lease is not None:
+            self._lease.renew()
+
     @property
     def pending(self) -> int:
         """Layers that were added and not committed."""
@@ -160,7 +170,7 @@ class Session:
         new = store / f"{_CURRENT}.new"
         new.unlink(missing_ok=True)
         write_bytes(new, json.dumps(digests).encode())
-        os.rename(new, store / _CURRENT)
+        rename(new, store / _CURRENT)
         sync_directory(store)
         self._digests = digests
 
@@ -254,9 +264,37 @@ def _size(store: Path) -> int:
 def _is_published(target: Path, inputs: Mapping[str, str]) -> bool:
     """Whether the output is that of this very run: it was killed after publishing, before it tidied up."""
     try:
-        return json.loads((target / "awq_jax_report.json").read_bytes()).get("inputs") == dict(inputs)
+        report = json.loads((target / "awq_jax_report.json").read_bytes())
     except (OSError, ValueError):
         return False
+    return isinstance(report, dict) and report.get("inputs") == dict(inputs)
+
+
+def _refuse_link(store: Path) -> None:
+    """What is removed in a store must not be somebody else's."""
+    for path in (store, store / _OBJECTS):
+        if path.is_symlink():
+            said = "a link, where an unfinished run's layers are to be kept; remove it"
+            raise FileExistsError(errno.EEXIST, said, str(path))
+
+
+def refuse_output(out: str | os.PathLike[str], mode: str, *, overwrite: bool = False, expected_bytes: int = 0) -> None:
+    """What `resuming` refuses, as far as the file system alone can tell; nothing is changed.
+
+    Args:
+      out, mode, overwrite, expected_bytes: as for `resuming`.
+
+    Raises:
+      ValueError, OSError: as `resuming`.
+    """
+    if mode not in MODES:
+        raise ValueError(f"resume is {mode!r}; it is one of {', '.join(MODES)} (--resume).")
+    target, store = Path(os.path.abspath(out)), store_of(out)
+    _refuse_link(store)
+    refuse_existing(target, overwrite)
+    if mode == "required" and not (store / _CURRENT).is_file():
+        raise FileNotFoundError(f"nothing to go on from: {store} keeps no layer. Start with --resume auto.")
+    refuse_lack_of_room(target.parent, expected_bytes - (_size(store) if store.is_dir() else 0))
 
 
 @contextlib.contextmanager
@@ -287,17 +325,13 @@ def resuming(
       ValueError: other inputs; names those that differ, keeps what is there.
       Damaged: what is kept can't be read.
     """
-    if mode not in MODES:
-        raise ValueError(f"resume is {mode!r}; it is one of {', '.join(MODES)} (--resume).")
     target, store = Path(os.path.abspath(out)), store_of(out)
-    if store.is_dir() and _is_published(target, inputs):
+    _refuse_link(store)
+    if mode in MODES and store.is_dir() and _is_published(target, inputs):
         with leased(store / _LEASE):
             _discard(store)
-    refuse_existing(target, overwrite)
-    if mode == "required" and not (store / _CURRENT).is_file():
-        raise FileNotFoundError(f"nothing to go on from: {store} keeps no layer. Start with --resume auto.")
+    refuse_output(out, mode, overwrite=overwrite, expected_bytes=expected_bytes)
     target.parent.mkdir(parents=True, exist_ok=True)
-    refuse_lack_of_room(target.parent, expected_bytes - (_size(store) if store.is_dir() else 0))
     if mode == "never":
         if store.is_dir():
             with leased(store / _LEASE):
@@ -311,6 +345,13 @@ def resuming(
             yield session
         except BaseException as error:
             if not session.finished or (isinstance(error, ValueError) and not isinstance(error, Damaged)):
-                _discard(store)
+                _discard_own(store, lease)
             raise
+        _discard_own(store, lease)
+
+
+def _discard_own(store: Path, lease: Lease) -> None:
+    """`_discard`, unless another process took over."""
+    with contextlib.suppress(BlockingIOError):
+        lease.renew()
         _discard(store)

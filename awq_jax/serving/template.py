@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from awq_jax._files import read_json
+from awq_jax._files import read_json, read_text
 
 __all__ = ["ChatTemplate"]
 
@@ -57,7 +57,7 @@ class ChatTemplate:
             named = {row.get("name"): row.get("template") for row in source if isinstance(row, Mapping)}
             source = named.get("default")
         if beside.is_file():
-            source = beside.read_text(encoding="utf-8")
+            source = read_text(directory, beside.name)
         if override is not None:
             source = override.read_text(encoding="utf-8")
         if not isinstance(source, str):

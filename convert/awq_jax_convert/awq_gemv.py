@@ -82,7 +82,7 @@ class AWQGemv(_InFour):
                 return k, n
         _refuse(name, "gemv", self.group_size, metas)
 
-    def decode(self, name: str, parts: Mapping[str, np.ndarray]) -> QTensor | np.ndarray:
+    def decode(self, name: str, parts: Mapping[str, np.ndarray]) -> QTensor:
         """The weight, with numpy leaves; zeros that are all 8 become None."""
         k = 8 * parts["qweight"].shape[1]
         groups = k // self.group_size

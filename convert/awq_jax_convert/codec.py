@@ -40,8 +40,8 @@ class Codec(Protocol):
         """``(k, n)`` from headers alone; raises ValueError where they don't fit the format."""
         ...
 
-    def decode(self, name: str, parts: Mapping[str, np.ndarray]) -> QTensor | np.ndarray:
-        """The weight, with numpy leaves; codes wider than four bits become the float32 values that they stand for."""
+    def decode(self, name: str, parts: Mapping[str, np.ndarray]) -> QTensor:
+        """The weight, with numpy leaves."""
         ...
 
 

@@ -3,7 +3,7 @@
 
 A linear ``[k, n]`` is ``weight_packed`` int32 ``[n, k*b/32]``, ``weight_scale`` ``[n, k/g]``, ``weight_shape`` and,
 where it is asymmetric, ``weight_zero_point`` int32 ``[n*b/32, k/g]``, packed along the outputs. Files hold a code c in
--2**(b-1) .. 2**(b-1)-1 as ``c + 2**(b-1)``: for four bits our codes and zeros.
+-2**(b-1) .. 2**(b-1)-1 as ``c + 2**(b-1)``: for four and eight bits our codes and zeros.
 (Format: compressed-tensors 0.19.0, ``compressors/pack_quantized``.)
 """
 
@@ -21,7 +21,7 @@ from awq_jax_convert.safetensors_header import FLOATS
 from awq_jax_convert.scheme import Scheme
 from awq_jax_convert.stored import weight_of
 from awq_jax_convert.words import pack_words, unpack_words, widths
-from awq_jax_kernels.nibbles import unpack_numpy
+from awq_jax_kernels.layout import unpack_numpy
 
 __all__ = ["CompressedTensors", "decode", "encode"]
 
@@ -29,8 +29,8 @@ PACKED, SCALE, ZERO, SHAPE = "weight_packed", "weight_scale", "weight_zero_point
 G_IDX = "weight_g_idx"
 
 
-def decode(name: str, parts: Mapping[str, np.ndarray], scheme: Scheme) -> QTensor | np.ndarray:
-    """The weight, with numpy leaves; codes wider than four bits become float32 values.
+def decode(name: str, parts: Mapping[str, np.ndarray], scheme: Scheme) -> QTensor:
+    """The weight, with numpy leaves.
 
     Args:
       name: of the module, for errors.
@@ -56,7 +56,7 @@ def encode(name: str, weight: QTensor, *, symmetric: bool) -> dict[str, np.ndarr
 
     Args:
       name: of the module, for example ``model.layers.0.mlp.down_proj``.
-      weight: ``[k, n]``, of two or four bits.
+      weight: ``[k, n]``, of two, four or eight bits.
       symmetric: leave the zeros out; otherwise a weight without zeros gets those of the middle.
 
     Raises:
@@ -76,9 +76,9 @@ def encode(name: str, weight: QTensor, *, symmetric: bool) -> dict[str, np.ndarr
             "an override."
         )
     half = 2 ** (bits - 1)
-    codes = unpack_numpy(np.asarray(weight.packed)).T
-    if weight.zero is None:  # symmetric codes lie around 8, whatever their width
-        codes = codes - np.uint8(8 - half)
+    codes = unpack_numpy(np.asarray(weight.packed), bits).T
+    if weight.zero is None:  # symmetric nibbles lie around 8, whatever their width
+        codes = codes - np.uint8(weight.middle - half)
     made = {
         f"{name}.{PACKED}": pack_words(codes, bits),
         f"{name}.{SCALE}": scale.T,
@@ -176,7 +176,7 @@ class CompressedTensors:
             return False
         return k > 0 and n > 0 and k % 2 == 0 and words in widths(k, scheme.bits)
 
-    def decode(self, name: str, parts: Mapping[str, np.ndarray]) -> QTensor | np.ndarray:
+    def decode(self, name: str, parts: Mapping[str, np.ndarray]) -> QTensor:
         """`decode` of this format."""
         return decode(name, parts, self.scheme(name, parts))
 

@@ -101,16 +101,10 @@ def _refuse(checkpoint: Checkpoint, to: str, schemes: Mapping[str, Scheme]) -> N
         raise ValueError(
             f"{checkpoint.path} is not quantized, so there are no codes to write as {to}. Use `awq-jax quantize`."
         )
-    wide = [path for path, scheme in schemes.items() if scheme.bits > 4]
-    if wide:
-        raise ValueError(
-            f"{len(wide)} weights of {checkpoint.path} have more than 4 bits, e.g. {wide[0]!r}; they are written as "
-            "floats alone. Use --to dense."
-        )
-    used = set(schemes.values())
-    refuse_misfit(to, [QuantSpec(bits=s.bits, group_size=s.group_size, symmetric=s.symmetric) for s in used])
     linears = (path for path in checkpoint.paths() if path.startswith("layers/") and path.endswith("/kernel"))
     refuse_unwritable(to, checkpoint, {path: schemes.get(path) for path in linears})
+    used = set(schemes.values())
+    refuse_misfit(to, [QuantSpec(bits=s.bits, group_size=s.group_size, symmetric=s.symmetric) for s in used])
 
 
 def _refuse_without_codes(layer: Mapping[str, Any], index: int, to: str, schemes: Mapping[str, Scheme]) -> None:

@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Whether a file format can hold a model's linears as they are to be quantized: told from shapes, before any work."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 from awq_jax_convert.autoawq import AutoAWQ
 from awq_jax_convert.keymap import home, theirs
 from awq_jax_convert.scheme import Scheme, form
 from awq_jax_convert.source import Checkpoint
 
-__all__ = ["refuse_unwritable"]
+__all__ = ["fused", "refuse_unwritable"]
 
 Schemes = Mapping[str, Scheme | None]
 _NATIVE = "or write the native format (--format native)."
@@ -34,6 +34,28 @@ def _fused_by_loaders(schemes: Schemes) -> Iterator[tuple[str, ...]]:
         kind = {"q": "qkv", "k": "qkv", "v": "qkv", "gate": "gate_up", "up": "gate_up"}.get(leaf, leaf)
         found.setdefault(parent if parent.endswith("/experts") else f"{parent}/{kind}", []).append(path)
     yield from map(tuple, found.values())
+
+
+def fused(source: Checkpoint, paths: Iterable[str]) -> Iterator[tuple[str, ...]]:
+    """Weights that must have one number format in Hugging Face's formats: of one tensor, or of one weight in vLLM.
+
+    Args:
+      source: the checkpoint that the new one is made from.
+      paths: of linears in layers, ``layers/0/attn/q/kernel``.
+    """
+    schemes = dict.fromkeys(paths)
+    yield from (home(source.family, path)[1].paths for path in schemes)
+    yield from _fused_by_loaders(schemes)
+
+
+def _refuse_widths(schemes: Schemes) -> None:
+    """AutoAWQ has codes of four bits; where all are of another width, no weight is to blame."""
+    odd = [path for path, scheme in schemes.items() if scheme is not None and scheme.bits != 4]
+    if odd and len(odd) < sum(scheme is not None for scheme in schemes.values()):
+        raise ValueError(
+            f"AutoAWQ files hold 4 bits, and {_said(odd[0], schemes[odd[0]])} is one of {len(odd)} weights that are to "
+            "have others. Write compressed-tensors or the native format (--format native)."
+        )
 
 
 def _refuse_outputs(source: Checkpoint, schemes: Schemes) -> None:
@@ -68,6 +90,7 @@ def refuse_unwritable(format: str, source: Checkpoint, schemes: Schemes) -> None
     for paths in _fused_by_loaders(schemes):
         _refuse_mixed(schemes, paths, "vLLM makes one weight of these when it loads them")
     if format == "autoawq":
+        _refuse_widths(schemes)
         _refuse_outputs(source, schemes)
         module = lambda path: theirs(source.family, path)[0].rpartition(".")[0]
         dense = [module(path) for path, scheme in schemes.items() if scheme is None]

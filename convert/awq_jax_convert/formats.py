@@ -14,11 +14,11 @@ from awq_jax_convert.hf import HFCheckpoint
 from awq_jax_convert.hf_config import FamilyChoice
 from awq_jax_convert.hf_writer import HFWriter
 from awq_jax_convert.native import NativeCheckpoint, is_native
-from awq_jax_convert.native_writer import NativeWriter
+from awq_jax_convert.native_writer import NativeFollower, NativeWriter
 from awq_jax_convert.sink import ModelWriter
 from awq_jax_convert.source import Checkpoint
 
-__all__ = ["FORMATS", "open_checkpoint", "open_writer", "refuse_misfit"]
+__all__ = ["FORMATS", "open_checkpoint", "open_follower", "open_writer", "refuse_misfit"]
 
 FORMATS = ("autoawq", "compressed-tensors", "native")
 
@@ -40,7 +40,10 @@ def open_checkpoint(path: str | os.PathLike[str], family: FamilyChoice = None) -
 def _refuse_for_autoawq(specs: Collection[QuantSpec]) -> None:
     for spec in specs:
         if spec.bits != 4:
-            raise ValueError(f"AutoAWQ files hold 4 bits, not {spec.bits}. Write the native format (--format native).")
+            raise ValueError(
+                f"AutoAWQ files hold 4 bits, not {spec.bits}. Write compressed-tensors or the native format "
+                "(--format native)."
+            )
         if spec.scale_dtype != "float16":
             raise ValueError(
                 f"AutoAWQ files hold float16 scales, not {spec.scale_dtype}. Write compressed-tensors or the native "
@@ -124,3 +127,8 @@ def open_writer(
         "dense": None,
     }
     return HFWriter(source, out, codec=codecs[format], **options)
+
+
+def open_follower(format: str, source: Checkpoint, out: str | os.PathLike[str]) -> ModelWriter | None:
+    """What the processes beside the one that writes have, where all may write a format; see `ModelWriter.share`."""
+    return NativeFollower(source, out) if format == "native" else None

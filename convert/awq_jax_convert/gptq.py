@@ -105,7 +105,7 @@ class GPTQ:
             )
         return k, n
 
-    def decode(self, name: str, parts: Mapping[str, np.ndarray]) -> QTensor | np.ndarray:
+    def decode(self, name: str, parts: Mapping[str, np.ndarray]) -> QTensor:
         """The weight, with numpy leaves; zeros that are all in the middle become None.
 
         Raises:

@@ -55,7 +55,7 @@ def _is_format(kept: Mapping[str, Any]) -> bool:
     if "bits" not in kept:
         return kept.get("dtype") in [str(dtype) for dtype in DTYPES.values()]
     types = [type(kept.get(key)) for key in ("bits", "group_size", "symmetric")]
-    return types == [int, int, bool] and kept["bits"] in (2, 3, 4)
+    return types == [int, int, bool] and kept["bits"] in (2, 3, 4, 8)
 
 
 class NativeCheckpoint(Checkpoint):

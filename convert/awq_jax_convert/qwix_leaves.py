@@ -37,8 +37,8 @@ def to_qwix(params: Any, *, dtype: Any = None) -> Any:
 
     Raises:
       ImportError: qwix is not installed.
-      ValueError: a scale leaves the range of dtype, or groups of rows lie across the kernel's axes in a way that qwix
-        has no scales for.
+      ValueError: a weight has eight bits, a scale leaves the range of dtype, or groups of rows lie across the kernel's
+        axes in a way that qwix has no scales for.
     """
     if isinstance(params, Mapping):
         return {key: to_qwix(value, dtype=dtype) for key, value in params.items()}
@@ -55,6 +55,8 @@ def _leaf(kernel: QKernel, dtype: Any) -> Any:
     except ImportError as error:
         raise ImportError("qwix is not installed, or has moved its classes (pip install qwix==0.1.8).") from error
     weight, layout = kernel.weight, kernel.layout
+    if weight.bits > 4:
+        raise ValueError(f"a kernel of shape {layout.shape} has {weight.bits} bits; int4 is what is made for qwix.")
     shape = _scale_shape(layout, weight.group_size)
     codes = layout.kernel(jnp.asarray(unpack_numpy(np.asarray(weight.packed)).astype(np.int8) - 8))
     scale = _narrowed(weight.scale, jnp.dtype(dtype or kernel.dtype))

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from awq_jax._files import resolve_inside
+from awq_jax.hosts import Hosts
 from awq_jax_convert.family_file import FAMILY_FILE
 from awq_jax_convert.hf_config import CONFIG
 from awq_jax_convert.source import Checkpoint
@@ -80,6 +81,19 @@ class ModelWriter(abc.ABC):
           ValueError: a value does not fit the format or its dtype; the message names the parameter.
           OSError: the disk is full.
         """
+
+    def write_kept(self, index: int, layer: Mapping[str, Any]) -> None:
+        """Take a layer that an earlier run finished, and that other processes, if there are, don't have."""
+        self.write_layer(index, layer)
+
+    def share(self, hosts: Hosts) -> str:
+        """Let every process write its share of what follows, where the format can; then each calls `write_stem` and
+        `write_layer` with the same values.
+
+        Returns:
+          Why process 0 writes alone although the format could; empty where there is nothing to say.
+        """
+        return ""
 
     @abc.abstractmethod
     def write_bytes(self, name: str, content: bytes) -> None:

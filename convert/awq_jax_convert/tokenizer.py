@@ -11,6 +11,8 @@ from pathlib import Path
 
 from tokenizers import Tokenizer as _Tokenizer
 
+from awq_jax._files import read_text
+
 __all__ = ["Tokenizer"]
 
 
@@ -26,7 +28,7 @@ class Tokenizer:
 
         Raises:
           FileNotFoundError: there is none; pre-tokenized ids need none.
-          ValueError: the file is damaged.
+          ValueError: the file is damaged, or a link out of its directory.
         """
         path = Path(path)
         if not path.is_file():
@@ -34,8 +36,9 @@ class Tokenizer:
                 f"{path} is missing, so text cannot be encoded. Give token ids instead, or write the file with "
                 "transformers: `AutoTokenizer.from_pretrained(src).save_pretrained(dst)`."
             )
+        text = read_text(path.parent, path.name)
         try:
-            return cls(_Tokenizer.from_str(path.read_text(encoding="utf-8")))
+            return cls(_Tokenizer.from_str(text))
         except Exception as error:  # the library raises bare Exception
             raise ValueError(f"{path} is not a valid tokenizer ({error}); download it again.") from error
 

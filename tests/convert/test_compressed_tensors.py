@@ -16,6 +16,7 @@ from awq_jax_convert.compressed_tensors_config import read_groups
 from awq_jax_convert.safetensors_dir import TensorMeta
 from awq_jax_convert.safetensors_header import dtype_name
 from awq_jax_convert.scheme import Scheme
+from awq_jax_convert.stored import dequantized
 from awq_jax_kernels.nibbles import pack_numpy, unpack_numpy
 
 GOLDEN = np.load(Path(__file__).with_name("golden_int4_formats.npz"))
@@ -126,7 +127,7 @@ def decode_asymmetric(parts: dict[str, np.ndarray]) -> QTensor:
 
 
 @pytest.mark.parametrize("symmetric", [False, True])
-def test_eight_bits_become_the_floats_that_they_stand_for(rng, symmetric):
+def test_eight_bits_are_the_codes_that_the_words_hold(rng, symmetric):
     codes, zero = rng.integers(0, 256, (5, 32)).astype(np.uint8), rng.integers(0, 256, (5, 2)).astype(np.uint8)
     scale = rng.uniform(0.5, 1, (5, 2)).astype(ml_dtypes.bfloat16)
     padded = np.ascontiguousarray(np.pad(zero.T, ((0, 0), (0, 3))))
@@ -139,7 +140,14 @@ def test_eight_bits_become_the_floats_that_they_stand_for(rng, symmetric):
     assert codec is not None and codec.shape("m", metas_of(parts)) == (32, 5)
     middle = np.full((5, 2), 128.0) if symmetric else zero.astype(np.float64)
     dense = (codes - middle.repeat(16, 1)) * scale.astype(np.float64).repeat(16, 1)
-    np.testing.assert_array_equal(codec.decode("m", parts), dense.T)  # exact in float32
+    weight = codec.decode("m", parts)
+    assert isinstance(weight, QTensor) and weight.bits == 8 and weight.group_size == 16
+    np.testing.assert_array_equal(weight.packed.astype(int), codes.T.astype(int) - 128)
+    np.testing.assert_array_equal(dequantize(jax.tree.map(jnp.asarray, weight)), dense.T)  # exact in float32
+    np.testing.assert_array_equal(dequantized(weight), dense.T)
+    again = parts_of(encode("m", weight, symmetric=symmetric))
+    assert again.keys() == parts.keys()
+    jax.tree.map(np.testing.assert_array_equal, again, parts)
 
 
 def test_three_bits_are_read_in_both_layouts_and_not_written(rng):

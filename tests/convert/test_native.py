@@ -8,10 +8,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 
-from awq_jax import QTensor, QuantSpec, quantize
-from awq_jax._manifest import MANIFEST, read_manifest, verify
+from awq_jax import QTensor, QuantSpec, checkpoint, quantize
+from awq_jax._manifest import MANIFEST, read_manifest, tree_digests, verify
 from awq_jax._tree import leaves, put
 from awq_jax_convert import native
 from awq_jax_convert.formats import open_checkpoint
@@ -181,6 +182,33 @@ def test_a_manifest_that_calls_a_quantized_weight_dense(copied):
     manifest["parts"]["layer-00001"]["leaves"]["mlp/down/kernel"] = {"nbytes": 1, "dtype": "float32"}
     (copied / MANIFEST).write_text(json.dumps(manifest))
     with pytest.raises(ValueError, match=r"layer-00001 does not hold what the manifest says, .* 'layers/1/mlp/down"):
+        NativeCheckpoint.open(copied).layer(1)
+
+
+def test_a_link_out_of_the_directory_is_not_followed(copied, tmp_path):
+    part = copied / "layer-00001"
+    for path in (part / "_METADATA", part / "unlisted", part):  # listed, not listed, all of them
+        before = path.rename(tmp_path / "elsewhere") if path.exists() else None
+        path.symlink_to(before or "/etc/hostname")
+        with pytest.raises(ValueError, match=r"layer-00001.*: a link out of the directory"):
+            NativeCheckpoint.open(copied).layer(1)
+        path.unlink()
+        if before:
+            before.rename(path)
+    assert NativeCheckpoint.open(copied).layer(1)
+
+
+def test_arrays_that_are_not_there_are_not_made(copied, monkeypatch):
+    """A few bytes of metadata may claim gigabytes of zeros."""
+    monkeypatch.setattr(checkpoint, "_AT_ONCE", 1 << 20)
+    part = copied / "layer-00001"
+    shutil.rmtree(part)
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+        checkpointer.save(part.resolve(), {"mlp": {"down": {"kernel": np.zeros((2048, 2048), np.float32)}}})
+    manifest = read_manifest(copied)
+    manifest["files"] = tree_digests(copied, skip=(MANIFEST,))
+    (copied / MANIFEST).write_text(json.dumps(manifest))
+    with pytest.raises(ValueError, match=r"its arrays claim 16777216 bytes, and there are [0-9]+ on the disk"):
         NativeCheckpoint.open(copied).layer(1)
 
 

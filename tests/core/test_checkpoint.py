@@ -28,6 +28,8 @@ def mixed_tree(rng) -> dict[str, Any]:
             "three": weight(rng, 16, 12, bits=3, scale_dtype="bfloat16"),
             "two": weight(rng, 16, 12, bits=2, scale_dtype="float32"),
             "symmetric": weight(rng, 16, 12, symmetric=True),
+            "eight": weight(rng, 16, 12, bits=8),
+            "eight symmetric": weight(rng, 2, 16, 12, bits=8, symmetric=True),
             "experts": {"stacked": weight(rng, 3, 2, 16, 12), "symmetric": weight(rng, 3, 16, 12, symmetric=True)},
         },
         "dense": {

@@ -29,11 +29,11 @@ def of(expert):
     return slice(start, start + int(SIZES[expert]))
 
 
-@pytest.mark.parametrize("quantized", [False, True])
-def test_each_row_meets_its_own_weight(rng, sent, quantized):
+@pytest.mark.parametrize("bits", [None, 4, 8])
+def test_each_row_meets_its_own_weight(rng, sent, bits):
     weight = jnp.asarray(rng.normal(size=(E, K, N)), jnp.float32)
-    if quantized:
-        weight = quantize(weight, QuantSpec(group_size=4))
+    if bits:
+        weight = quantize(weight, QuantSpec(bits=bits, group_size=4))
     got = jax.jit(ragged_matmul)(sent.rows, weight, sent.sizes)
     for expert in range(E):
         one = weight[expert]

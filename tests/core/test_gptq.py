@@ -7,14 +7,15 @@ import numpy as np
 import pytest
 
 from awq_jax import QuantSpec, dequantize, observe, quantize
+from awq_jax._qtensor import codes_of
 from awq_jax._round import fit_grid
 from awq_jax._spec import GPTQSpec
 from awq_jax.methods import gptq
-from awq_jax_kernels.nibbles import unpack
 
 PLAIN = GPTQSpec(sweeps=0)
 GPTQ = jax.jit(gptq, static_argnums=(2, 3))
 SPECS = [QuantSpec(group_size=32), QuantSpec(bits=3, group_size=32, symmetric=True), QuantSpec(bits=2, group_size=-1)]
+EIGHT = QuantSpec(bits=8, group_size=-1, symmetric=True)
 
 
 def problem(rng, k=96, n=40, tokens=400):
@@ -60,7 +61,7 @@ def test_the_codes_are_those_of_the_recursion(rng, spec, order):
     loss = np.einsum("in,ij,jn->n", *(lambda d: (d, np.asarray(gram, np.float64), d))(w - (wanted - rows[1]) * rows[0]))
     helped = loss < bound * (1 - 1e-4)
     # A code at a tie may fall either way in float32, and then everything below it differs: two columns at most.
-    same = (np.asarray(unpack(found.packed)) == wanted).all(0)
+    same = (np.asarray(codes_of(found)) == wanted).all(0)
     assert helped.sum() > 20 and (~same[helped]).sum() <= 2
 
 
@@ -71,6 +72,7 @@ def test_the_codes_are_those_of_the_recursion(rng, spec, order):
         (SPECS[1], GPTQSpec(order=False, sweeps=0)),
         (SPECS[2], GPTQSpec(damping=5.0, sweeps=1)),
         (SPECS[0], GPTQSpec(damping=1e-6)),
+        (EIGHT, GPTQSpec(sweeps=1)),
     ],
 )
 def test_no_output_is_worse_than_nearest(rng, spec, how):
@@ -104,7 +106,7 @@ def test_rows_that_saw_nothing_do_not_disturb_the_others(rng):
     found = GPTQ(w, gram, SPECS[0], PLAIN)
     assert np.isfinite(np.asarray(dequantize(found))).all()
     assert output_error(w, found, gram).sum() < 0.8 * output_error(w, quantize(w, SPECS[0]), gram).sum()
-    untouched = (np.asarray(unpack(found.packed)) == np.asarray(unpack(quantize(w, SPECS[0]).packed)))[np.asarray(dead)]
+    untouched = (np.asarray(codes_of(found)) == np.asarray(codes_of(quantize(w, SPECS[0]))))[np.asarray(dead)]
     assert untouched.all()
 
 

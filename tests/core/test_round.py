@@ -19,7 +19,7 @@ GROUPS = [
 
 
 @pytest.mark.parametrize("symmetric", [False, True])
-@pytest.mark.parametrize("bits", [2, 3, 4])
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
 @pytest.mark.parametrize("group_size", [32, 64, 128, -1])
 def test_error_is_at_most_half_a_step(rng, bits, group_size, symmetric):
     spec = QuantSpec(bits=bits, group_size=group_size, symmetric=symmetric, scale_dtype="float32")
@@ -69,23 +69,25 @@ def test_what_is_no_number_never_becomes_one(rng, bad, symmetric, with_ratio):
 
 def test_fake_quantize_is_dequantize_of_quantize(rng):
     w = jnp.asarray(rng.standard_normal((128, 16)), jnp.float32)
-    for spec in (QuantSpec(), QuantSpec(symmetric=True), QuantSpec(bits=3, group_size=32)):
+    three, eight = QuantSpec(bits=3, group_size=32), QuantSpec(bits=8, symmetric=True)
+    for spec in (QuantSpec(), QuantSpec(symmetric=True), three, eight, QuantSpec(bits=8)):
         ratio = jnp.asarray(rng.uniform(0.5, 1, (128 // spec.rows_per_group(128), 16)), jnp.float32)
         np.testing.assert_array_equal(fake_quantize(w, spec, ratio), dequantize(quantize(w, spec, ratio)))
 
 
-def test_codes_against_numpy_in_float64(rng):
+@pytest.mark.parametrize("bits", [4, 8])
+def test_codes_against_numpy_in_float64(rng, bits):
     """An independent statement of the asymmetric formula, away from ties."""
-    w = rng.standard_normal((64, 8)).astype(np.float32)
-    q = quantize(jnp.asarray(w), QuantSpec(group_size=32))
+    w, top = rng.standard_normal((64, 8)).astype(np.float32), 2**bits - 1
+    q = quantize(jnp.asarray(w), QuantSpec(bits=bits, group_size=32))
     scale = np.asarray(q.scale, np.float64)
     groups = w.astype(np.float64).reshape(2, 32, 8)
     low = np.minimum(groups.min(1), 0)
-    np.testing.assert_allclose(scale, (np.maximum(groups.max(1), 0) - low) / 15, rtol=2**-10)
-    zero = np.clip(-np.round(low / scale), 0, 15)
+    np.testing.assert_allclose(scale, (np.maximum(groups.max(1), 0) - low) / top, rtol=2**-10)
+    zero = np.clip(-np.round(low / scale), 0, top)
     np.testing.assert_array_equal(q.zero, zero)
     exact = groups / scale[:, None] + zero[:, None]
-    expected = (np.clip(np.round(exact), 0, 15) - zero[:, None]) * scale[:, None]
+    expected = (np.clip(np.round(exact), 0, top) - zero[:, None]) * scale[:, None]
     off_tie = np.abs(exact - np.floor(exact) - 0.5) > 1e-4
     got = np.asarray(dequantize(q)).reshape(2, 32, 8)
     np.testing.assert_allclose(got[off_tie], expected[off_tie], rtol=1e-6, atol=1e-7)

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A checkpoint through every format and back: the codes are those that were there."""
 
+import dataclasses
 import hashlib
 import json
 from pathlib import Path
@@ -81,6 +82,30 @@ def test_a_compressed_tensors_checkpoint_comes_back_byte_for_byte(llama: Oracle,
         assert (tmp_path / f"{name}-back" / "config.json").read_text() == (made / "config.json").read_text()
     config = json.loads((tmp_path / "sym" / "config.json").read_text())["quantization_config"]
     assert config["config_groups"]["group_0"]["weights"]["symmetric"] is True
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_eight_bits_among_four_go_there_and_back(llama: Oracle, tmp_path: Path, symmetric: bool):
+    spec = dataclasses.replace(SPEC, symmetric=symmetric)
+    eight = ("mlp/down", dataclasses.replace(spec, bits=8))
+    made = rounded(llama.path, tmp_path / "ct", "compressed-tensors", spec, eight)
+    config = json.loads((made / "config.json").read_text())["quantization_config"]
+    assert {group["weights"]["num_bits"] for group in config["config_groups"].values()} == {4, 8}
+    assert convert(made, tmp_path / "native", "native").quantized == 21
+    convert(tmp_path / "native", tmp_path / "back", "compressed-tensors")
+    assert weights_digest(tmp_path / "back") == weights_digest(made)
+    found = open_checkpoint(tmp_path / "native")
+    kind = " symmetric" if symmetric else ""
+    assert found.stored_form("layers/0/mlp/down/kernel") == f"int8 g32{kind}"
+    down, source = found.layer(0)["mlp"]["down"]["kernel"], HFCheckpoint.open(llama.path).layer(0)
+    assert down.packed.shape == down.shape == (96, 64)
+    step = np.asarray(down.scale, np.float64).repeat(32, 0)
+    off = np.abs(np.asarray(dequantize(jax.tree.map(jnp.asarray, down)), np.float64) - source["mlp"]["down"]["kernel"])
+    # Half a step each for the weight and the zero, and what a float16 scale moves the farthest code by.
+    assert (off <= step * (1 + 255 * 2**-11)).all()
+    with pytest.raises(ValueError, match="hold 4 bits, and layers/0/mlp/down int8 g32"):
+        convert(made, tmp_path / "awq", "autoawq")
+    assert convert(made, tmp_path / "dense", "dense").dequantized == 21
 
 
 def test_mixed_group_sizes_are_named_by_module(llama: Oracle, tmp_path: Path):

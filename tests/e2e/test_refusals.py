@@ -99,6 +99,12 @@ CASES: list[tuple[str, Callable[[Path], None], list[str], str]] = [
     ("layers", edit_config(num_hidden_layers=10**9), [], r"num_layers is 1000000000"),
     ("group", nothing, ["--group-size", "48"], r"64 is not a multiple of group_size=48.*32"),
     ("bits", nothing, ["--bits", "3", "--format", "autoawq"], r"hold 4 bits, not 3.*native"),
+    (
+        "eight-bits",
+        nothing,
+        ["--override", "layers/*/mlp/down=bits:8"],
+        r"hold 4 bits, and layers/0/mlp/down int8 g32 is one of 3.*compressed-tensors or the native",
+    ),
     ("override", nothing, ["--override", "layers/9/*=float"], r"override 'layers/9/\*' matches no weight"),
     ("override-word", nothing, ["--override", "*=bitz:3"], r"expected GLOB=float, GLOB=bits:N"),
     ("override-shadowed", nothing, ["--override", "*=float", "--override", "*/mlp/up=bits:3"], r"one before it leaves"),

@@ -47,3 +47,8 @@ def ended(processes: "list[subprocess.Popen[str]]", limit_s: float = 600) -> lis
         for process in processes:
             process.kill()
     return [(process.returncode, *words) for process, words in zip(processes, said, strict=True)]
+
+
+def writers(part: Path) -> set[str]:
+    """Processes of which the disk has bytes, by the names that orbax gives their folders."""
+    return {path.name for path in part.glob("ocdbt.process_*") if any((path / "d").iterdir())}

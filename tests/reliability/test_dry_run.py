@@ -2,6 +2,8 @@
 """What a quantization will cost, said without reading a weight, and how near that comes to what it does cost."""
 
 import json
+import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -61,6 +63,7 @@ def nothing_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_70b(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
     nothing_is_read(monkeypatch)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: type("Usage", (), {"free": 1 << 40}))
     source = hollow(tmp_path / "70b", LLAMA_70B)
     assert (
         main(
@@ -128,6 +131,88 @@ def test_what_a_run_would_refuse_is_refused(tmp_path: Path, options: list[str], 
     source = make_source(tmp_path / "source")
     assert main(["quantize", str(source), str(tmp_path / "out"), "--dry-run", *options]) == 2
     assert said in capsys.readouterr().err
+
+
+def exists(out: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    out.mkdir()
+    return []
+
+
+def is_not_ours(out: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    out.mkdir()
+    (out / "theirs").touch()
+    return ["--overwrite"]
+
+
+def lies_under_a_file(out: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    out.parent.write_text("a file")
+    return []
+
+
+def may_not_be_written(out: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != out.parent.parent)  # who tests may be root
+    return []
+
+
+def has_no_room(out: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: type("Usage", (), {"free": 1000}))
+    return []
+
+
+def has_nothing_to_resume(out: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    return ["--resume", "required"]
+
+
+@pytest.mark.parametrize(
+    ("output", "code", "said"),
+    [
+        (exists, 2, "the output exists; choose another name"),
+        (is_not_ours, 2, "not overwritten: no awq_jax_manifest.json in it"),
+        (lies_under_a_file, 2, "not a directory, so the output can't be made in it"),
+        (may_not_be_written, 1, "not writable, so the output can't be made in it"),
+        (has_no_room, 1, "bytes are needed, 1000 are free"),
+        (has_nothing_to_resume, 2, "nothing to go on from"),
+    ],
+)
+def test_of_the_output_the_same_is_said_as_by_a_run(tmp_path: Path, monkeypatch, capsys, output, code: int, said: str):
+    source, out = make_source(tmp_path / "source"), tmp_path / "home" / "out"
+    lines = [json.dumps({"input_ids": row.tolist()}) for row in calib().tokens]
+    (tmp_path / "calib.jsonl").write_text("\n".join(lines))
+    out.parent.mkdir() if output in (exists, is_not_ours) else None
+    shape = ["--group-size", "32", "--grid", "3", "--no-clip", "--calib", str(tmp_path / "calib.jsonl"), "--quiet"]
+    arguments = ["quantize", str(source), str(out), *shape, *output(out, monkeypatch)]
+    heard = []
+    for way in (["--dry-run"], []):
+        assert main([*arguments, *way]) == code
+        heard.append(capsys.readouterr().err)
+        assert not list(out.parent.glob(".*")) if out.parent.is_dir() else True
+    assert said in heard[0] and heard[0] == heard[1]
+
+
+@pytest.mark.parametrize("inside", [True, False])
+def test_an_output_in_or_over_the_source_is_refused(tmp_path: Path, capsys, inside: bool):
+    source = make_source(tmp_path / "home" / "source")
+    out = source / "out" if inside else tmp_path / "home"
+    assert main(["quantize", str(source), str(out), "--dry-run", "--group-size", "32"]) == 2
+    assert "the source" in capsys.readouterr().err
+
+
+def test_the_text_says_how_much_there_is_of_it(tmp_path: Path, monkeypatch, capsys):
+    source = make_source(tmp_path / "source")
+    nothing_is_read(monkeypatch)
+    (tmp_path / "calib.jsonl").write_text('{"input_ids": [1, 2, 3, 4, 5, 6, 7, 8]}\n' * 4)
+    shape = ["--group-size", "32", "--grid", "3", "--no-clip", "--dry-run", "--json", "--batch", "2"]
+    arguments = ["quantize", str(source), str(tmp_path / "out"), *shape, "--calib", str(tmp_path / "calib.jsonl")]
+    assert main(arguments) == 0
+    assert json.loads(capsys.readouterr().out)["tokens"] == 32
+    assert main([*arguments[:-1], str(tmp_path / "missing.jsonl")]) == 2
+    assert "missing.jsonl" in capsys.readouterr().err
+
+
+def test_other_processes_are_not_counted_for(tmp_path: Path, capsys):
+    source = make_source(tmp_path / "source")
+    assert main(["quantize", str(source), str(tmp_path / "out"), "--dry-run", "--distributed"]) == 2
+    assert "--dry-run counts for one process" in capsys.readouterr().err
 
 
 def test_people_read_a_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]):

@@ -4,6 +4,9 @@
 import json
 import random
 import signal
+import socket
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -12,11 +15,12 @@ from typing import Any
 import pytest
 
 from awq_jax import hosts
+from awq_jax._manifest import verify
 from awq_jax.cli import main
 from awq_jax.hosts import Hosts, ProcessLost
 from awq_jax.sharding import Layout
 from tests.reliability.job import contents, make_source, moved_codes
-from tests.reliability.processes import ARGUMENTS, MAIN, ended, start
+from tests.reliability.processes import ARGUMENTS, MAIN, ended, free_port, start, writers
 
 
 @pytest.fixture(scope="module")
@@ -37,30 +41,38 @@ def single(source: Path) -> Path:
     return out
 
 
-def test_two_processes_make_the_checkpoint_of_one(source: Path, single: Path, tmp_path: Path):
-    (code, said, error), (other, silence, quiet) = ended(start(2, source, tmp_path / "out", "--json"))
+def test_two_processes_make_the_checkpoint_of_one_and_each_writes_its_share(source: Path, single: Path, tmp_path: Path):
+    started = start(2, source, tmp_path / "out", "--json", "--format", "native")
+    (code, said, error), (other, silence, quiet) = ended(started)
     assert (code, other) == (0, 0), error + quiet
+    assert not any("wrote the checkpoint alone" in words for words in json.loads(said)["warnings"])
     assert json.loads(said)["inputs"]["devices"].startswith("cpu data=2 over 2 processes,")
     assert "layer 1" in error and not silence
     codes, moved = moved_codes(single, tmp_path / "out")
     print(f"2 processes: {moved} of {codes} codes differ")
     assert moved <= codes // 1000
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert verify(tmp_path / "out") and not list((tmp_path / "out").glob("writing-*"))
+    for part in ("stem", "layer-00000", "layer-00001"):
+        assert writers(tmp_path / "out" / part) == {"ocdbt.process_0", "ocdbt.process_1"}
 
 
 @pytest.mark.slow
-def test_four_processes_with_a_model_axis_within_each(source: Path, single: Path, tmp_path: Path):
-    done = ended(start(4, source, tmp_path / "out", "--json", devices=2))
+@pytest.mark.parametrize("format", ["autoawq", "native"])
+def test_four_processes_with_a_model_axis_within_each(source: Path, single: Path, tmp_path: Path, format: str):
+    done = ended(start(4, source, tmp_path / "out", "--json", "--format", format, devices=2))
     assert [code for code, _, _ in done] == [0] * 4, "\n".join(error for _, _, error in done)
     assert json.loads(done[0][1])["inputs"]["devices"].startswith("cpu data=4,model=2 over 4 processes,")
     codes, moved = moved_codes(single, tmp_path / "out")
     print(f"4 processes of 2 devices: {moved} of {codes} codes differ")
     assert moved <= codes // 1000
+    for part in (tmp_path / "out").glob("layer-*"):
+        assert writers(part) == {f"ocdbt.process_{index}" for index in range(4)}
 
 
 @pytest.mark.slow
-def test_the_native_format_is_written_by_one_of_them(source: Path, single: Path, tmp_path: Path):
-    done = ended(start(2, source, tmp_path / "out", "--format", "native"))
+def test_two_processes_write_an_interchange_format_through_the_first(source: Path, single: Path, tmp_path: Path):
+    done = ended(start(2, source, tmp_path / "out"))
     assert [code for code, _, _ in done] == [0, 0], "\n".join(error for _, _, error in done)
     codes, moved = moved_codes(single, tmp_path / "out")
     assert moved <= codes // 1000
@@ -99,6 +111,52 @@ def test_when_one_is_killed_the_others_end_and_what_was_kept_is_used(source: Pat
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
 
+# Kills itself within orbax's save of the second layer, when the first is in its place.
+DYING_WRITER = f"""
+import os, sys
+from orbax.checkpoint import PyTreeCheckpointHandler as handler
+real, victim = handler.save, sys.argv[-1]
+def save(self, directory, *rest, **options):
+    if "layer-00001" in str(directory) and sys.argv[sys.argv.index("--process") + 1] == victim:
+        os.kill(os.getpid(), {int(signal.SIGKILL)})
+    return real(self, directory, *rest, **options)
+handler.save = save
+from awq_jax.cli import main
+sys.exit(main(sys.argv[1:-1]))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", [0, 1])
+def test_when_one_is_killed_in_writing_nothing_appears(source: Path, tmp_path: Path, victim: int):
+    done = ended(start(2, source, tmp_path / "out", "--format", "native", str(victim), code=DYING_WRITER))
+    assert done[victim][0] == -signal.SIGKILL
+    code, _, error = done[1 - victim]
+    assert code == 1 or (victim == 0 and code == -signal.SIGABRT), error
+    assert not (tmp_path / "out").exists()
+    again = ended(start(2, source, tmp_path / "out", "--format", "native", "--resume", "required", "--json"))
+    assert [code for code, _, _ in again] == [0, 0], "\n".join(error for _, _, error in again)
+    assert json.loads(again[0][1])["resumed_layers"] == 1
+    assert writers(tmp_path / "out" / "layer-00000") != writers(tmp_path / "out" / "layer-00001")  # kept: by one
+    assert [code for code, _, _ in ended(start(2, source, tmp_path / "whole", "--format", "native"))] == [0, 0]
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "whole"]
+
+
+@pytest.mark.slow
+def test_who_does_not_see_the_directory_leaves_it_to_the_first(source: Path, single: Path, tmp_path: Path):
+    code = "import awq_jax_convert.native_writer as n, sys; n._SEEN_S = 0.1\n"
+    code += (
+        "if sys.argv[sys.argv.index('--process') + 1] == '1': n.working_directory = lambda out: n.Path('/nowhere')\n"
+    )
+    done = ended(start(2, source, tmp_path / "out", "--format", "native", "--json", code=code + MAIN))
+    assert [code for code, _, _ in done] == [0, 0], "\n".join(error for _, _, error in done)
+    said = [words for words in json.loads(done[0][1])["warnings"] if "wrote the checkpoint alone" in words]
+    assert said and "processes 1 do not see its directory" in said[0]
+    codes, moved = moved_codes(single, tmp_path / "out")
+    assert moved <= codes // 1000
+
+
 @pytest.mark.slow
 def test_an_error_in_one_ends_the_others_with_its_words(source: Path, tmp_path: Path):
     (tmp_path / "out").mkdir()
@@ -115,6 +173,54 @@ def test_processes_with_other_text_are_refused(source: Path, tmp_path: Path):
     assert [code for code, _, _ in done] == [2, 2]
     assert all("processes 0 and 1 were given other calibration" in error for _, _, error in done)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("variables", "said"),
+    [
+        ({}, "SLURM (SLURM_JOB_ID is not set; a step of srun has all)"),
+        ({"SLURM_JOB_ID": "7"}, "SLURM (SLURM_JOB_ID is set, SLURM_STEP_NODELIST and SLURM_PROCID not;"),
+        ({"OMPI_COMM_WORLD_RANK": "0"}, "Open MPI (OMPI_COMM_WORLD_RANK is set, OMPI_MCA_orte_hnp_uri not;"),
+    ],
+)
+def test_where_there_is_no_cluster_it_is_said_what_was_looked_for(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any, variables: dict[str, str], said: str
+):
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+
+    def initialize(**where: Any) -> None:
+        assert where == {"initialization_timeout": 630}
+        raise ValueError("coordinator_address should be defined.")  # jax's words
+
+    monkeypatch.setattr("jax.distributed.initialize", initialize)
+    assert main(["quantize", str(source), str(tmp_path / "out"), "--distributed"]) == 2
+    heard = capsys.readouterr().err
+    assert said in heard and "--coordinator HOST:PORT --processes N --process I" in heard
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("index", [0, 1])
+def test_who_finds_nobody_says_so(source: Path, tmp_path: Path, index: int):
+    """The real thing: no cluster, and a coordinator's address where nobody comes."""
+    command = [sys.executable, "-c", MAIN, "quantize", str(source), str(tmp_path / "out")]
+    alone = subprocess.run([*command, "--distributed"], capture_output=True, text=True, check=False, timeout=60)
+    assert alone.returncode == 2 and "no cluster says who the other processes are" in alone.stderr
+    where = ["--coordinator", f"127.0.0.1:{free_port()}", "--processes", "2", "--process", str(index)]
+    late = subprocess.run(
+        [*command, *where, "--host-timeout", "3"], capture_output=True, text=True, check=False, timeout=90
+    )
+    assert late.returncode == 1, late.stderr
+    assert "the processes did not meet at 127.0.0.1:" in late.stderr and "Traceback" not in late.stderr
+
+
+def test_a_port_that_is_taken_is_named(source: Path, tmp_path: Path, capsys: Any):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        address = f"127.0.0.1:{taken.getsockname()[1]}"
+        where = ["--coordinator", address, "--processes", "2", "--process", "0"]
+        assert main(["quantize", str(source), str(tmp_path / "out"), *where]) == 1
+    assert f"{address}: process 0 can't listen there (Address already in use)" in capsys.readouterr().err
 
 
 class Store:
@@ -228,6 +334,7 @@ def test_a_mesh_takes_as_many_devices_of_each_process():
     [
         (["--coordinator", "127.0.0.1:1"], "--processes, --process missing"),
         (["--coordinator", "here", "--processes", "2", "--process", "0"], "expected HOST:PORT"),
+        (["--coordinator", "127.0.0.1:99999", "--processes", "2", "--process", "0"], "expected HOST:PORT"),
         (["--coordinator", "a:1", "--processes", "2", "--process", "2"], "--process 2 of --processes 2"),
         (["--host-timeout", "0"], "--host-timeout is 0"),
     ],

@@ -31,6 +31,8 @@ IMPLEMENTATIONS: dict[str, str] = {
     "reference": "awq_jax_kernels.int4_matmul.reference",
 }
 
+_EIGHT_BITS = "packed has a byte for each row of x, codes of eight bits; int8_matmul multiplies these"
+
 
 def int4_matmul(
     x: Float[Array, "..."],
@@ -82,6 +84,8 @@ def refusal(
     implementation: Implementation, x: Any, packed: Any, scale: Any, zero: Any = None, *, config: Any = None
 ) -> str | None:
     """Why an implementation can't take these 2-d operands (anything with a shape and a dtype), or None if it can."""
+    if x.shape[-1] == packed.shape[-2]:
+        return _EIGHT_BITS
     module = _module(implementation)
     return module if isinstance(module, str) else module.supports(x, packed, scale, zero, config=config)
 
@@ -103,6 +107,8 @@ def _check(x: Any, packed: Any, scale: Any, zero: Any) -> None:
     """Raise where shapes disagree, naming them all."""
     shapes = f"x {x.shape}, packed {packed.shape}, scale {scale.shape}, zero {None if zero is None else zero.shape}"
     *b, k2, n = packed.shape
+    if x.shape[-1] == k2:
+        raise ValueError(f"int4_matmul takes no such weight: {_EIGHT_BITS}: {shapes}.")
     if x.shape[-1] != 2 * k2:
         raise ValueError(f"x must have {2 * k2} columns, two for each row of packed: {shapes}.")
     if scale.shape[:-2] != tuple(b) or scale.shape[-1] != n or not scale.shape[-2] or 2 * k2 % scale.shape[-2]:

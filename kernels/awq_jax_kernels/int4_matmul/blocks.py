@@ -3,7 +3,7 @@
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int8
+from jaxtyping import Array, Float, Int8, Integer
 
 __all__ = ["row_blocks"]
 
@@ -11,16 +11,16 @@ __all__ = ["row_blocks"]
 def row_blocks(
     packed: Int8[Array, "k2 n"],
     scale: Float[Array, "groups n"],
-    zero: Int8[Array, "groups n"] | None,
+    zero: Integer[Array, "groups n"] | None,
     limit: int,
-) -> tuple[Int8[Array, "blocks rows2 n"], Float[Array, "blocks parts n"], Int8[Array, "blocks parts n"] | None]:
+) -> tuple[Int8[Array, "blocks rows2 n"], Float[Array, "blocks parts n"], Integer[Array, "blocks parts n"] | None]:
     """Blocks of at most `limit` weights, or the least that whole groups, or bytes of one group, allow.
 
     Args:
       packed: int8 ``[k/2, n]``.
       scale: ``[k/g, n]``.
-      zero: int8 ``[k/g, n]`` or None.
-      limit: weights in a block.
+      zero: ``[k/g, n]`` or None.
+      limit: weights in a block, two to a byte.
 
     Returns:
       The same with a leading axis of blocks. Where one group exceeds a block its scale is repeated.
