@@ -14,6 +14,7 @@ the packed checkpoint, as the device computes it, with float64. ``--layers`` and
 import argparse
 import concurrent.futures
 import dataclasses
+import functools
 import json
 import pathlib
 import subprocess
@@ -32,19 +33,21 @@ SAMPLES, LENGTH = 128, 512
 def main() -> None:
     """One stage."""
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("stage", choices=("make", "quantize", "serve", "exact"))
+    p.add_argument("stage", choices=("make", "quantize", "differ", "serve", "exact"))
     p.add_argument("home", type=pathlib.Path)
     p.add_argument("--layers", type=int, default=32)
     p.add_argument("--shrink", type=int, default=1, help="divides every width")
     p.add_argument("--method", default="awq")
+    p.add_argument("--name", help="of the quantized model, int4-NAME in HOME (the method)")
     p.add_argument("--option", action="append", default=[], help="handed on to awq-jax quantize")
     p.add_argument("--batch", default="1,4,16,64")
+    p.add_argument("--kinds", default="int4,int4-dense-head,bf16", help="of weights that serve")
     p.add_argument("--prompt", default="512,2048")
     p.add_argument("--steps", type=int, default=128, help="tokens of a timed decode")
     p.add_argument("--trace", type=pathlib.Path, help="write the device time by kernel of one decode there")
     p.add_argument("--json", type=pathlib.Path)
     a = p.parse_args()
-    found = {"make": make, "quantize": quantize, "serve": serve, "exact": exact}[a.stage](a)
+    found = {"make": make, "quantize": quantize, "differ": differ, "serve": serve, "exact": exact}[a.stage](a)
     text = json.dumps(found, indent=1)
     print(text)
     if a.json:
@@ -136,7 +139,7 @@ def shard_of(c: dict[str, Any], index: int) -> dict[str, np.ndarray]:
 
 def quantize(a: argparse.Namespace) -> dict[str, Any]:
     """`awq-jax quantize` in a process of its own."""
-    out = a.home / f"int4-{a.method}"
+    out = a.home / f"int4-{a.name or a.method}"
     command = [sys.executable, "-m", "awq_jax.cli", "quantize", str(a.home / "dense"), str(out), "--json", "--quiet"]
     command += ["--calib", str(a.home / "calib.jsonl"), "--method", a.method, "--overwrite", *a.option]
     begun = time.perf_counter()
@@ -160,6 +163,31 @@ def quantize(a: argparse.Namespace) -> dict[str, Any]:
     }
 
 
+def differ(a: argparse.Namespace) -> dict[str, Any]:
+    """How many codes of int4-NAME are others than those of int4-METHOD, and how many scales."""
+    from awq_jax._tree import leaves
+    from awq_jax_convert.formats import open_checkpoint
+
+    one, other = (open_checkpoint(a.home / f"int4-{name}") for name in (a.method, a.name))
+
+    def of_layer(index: int) -> tuple[int, int, int, int]:
+        total = np.zeros(4, np.int64)
+        pairs = zip(leaves(one.layer(index, None)), leaves(other.layer(index, None)), strict=True)
+        for (_, left), (_, right) in pairs:
+            if hasattr(left, "packed"):
+                bits = left.packed.view(np.uint8) ^ right.packed.view(np.uint8)
+                codes = int((bits & 15 > 0).sum() + (bits >> 4 > 0).sum())
+                scales = int((left.scale != right.scale).sum())
+                total += (codes, 2 * bits.size, scales, left.scale.size)
+        return tuple(total.tolist())
+
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        rows = list(pool.map(of_layer, range(one.num_layers)))
+    codes, of_codes, scales, of_scales = map(sum, zip(*rows, strict=True))
+    first = rows[0][0] / rows[0][1]
+    return {"other_codes": codes / of_codes, "in_layer_0": first, "other_scales": scales / of_scales}
+
+
 def versions() -> dict[str, str]:
     """Of what it ran on."""
     import jax
@@ -177,13 +205,11 @@ def serve(a: argparse.Namespace) -> dict[str, Any]:
 
     from awq_jax.serving.load import load
 
-    packed = a.home / f"int4-{a.method}"
+    packed, dense = a.home / f"int4-{a.name or a.method}", a.home / "dense"
+    kinds = {"int4": (packed, True), "int4-dense-head": (packed, False), "bf16": (dense, False)}
     rows: list[dict[str, Any]] = []
-    for name, path, head in (
-        ("int4", packed, True),
-        ("int4, dense head", packed, False),
-        ("bf16", a.home / "dense", False),
-    ):
+    for name in a.kinds.split(","):
+        path, head = kinds[name]
         begun = time.perf_counter()
         model = load(path, dtype=jnp.bfloat16, int4_head=head)
         jax.block_until_ready(model.params)
@@ -244,13 +270,9 @@ def timed(model: Any, a: argparse.Namespace, name: str) -> Iterator[dict[str, An
             "tokens_s": round(batch / step, 1),
             "compile_s": round(times[0] - step * a.steps, 1),
         }
-        if a.trace and batch in (batches[0], 16):
-            again = lambda state=state, span=span: decode(model.params, state, steps=a.steps, span=span)
-            traced(
-                again,
-                a.trace.with_name(f"{a.trace.name}-{name.replace(', ', '-').replace(' ', '-')}-{batch}.txt"),
-                a.steps,
-            )
+        if a.trace and batch in (1, 16):
+            again = functools.partial(decode, model.params, state, steps=a.steps, span=span)
+            traced(again, a.trace.with_name(f"{a.trace.name}-{name}-{batch}.txt"), a.steps)
         del state, engine
         jnp.zeros(()).block_until_ready()
 
@@ -295,7 +317,7 @@ def exact(a: argparse.Namespace) -> dict[str, Any]:
     from awq_jax._tree import leaves
     from awq_jax_convert.formats import open_checkpoint
 
-    checkpoint = open_checkpoint(a.home / f"int4-{a.method}")
+    checkpoint = open_checkpoint(a.home / f"int4-{a.name or a.method}")
     last = checkpoint.num_layers - 1
     rng, rows = np.random.default_rng(3), []
     for index in sorted({0, last // 2, last}):

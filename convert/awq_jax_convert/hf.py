@@ -206,7 +206,7 @@ class HFCheckpoint(Checkpoint):
             whole = split(whole, columns(self.config, source.place)[paths.index(path)])
         if source.parts:
             return cast(whole, dtype)
-        return whole if dtype is None else widened(whole, np.dtype(dtype))
+        return whole if dtype is None else np.ascontiguousarray(widened(whole, np.dtype(dtype)))
 
     def _tree(self, paths: Iterable[str], prefix: str, dtype: Any) -> dict[str, Any]:
         tree: dict[str, Any] = {}

@@ -79,8 +79,8 @@ def derive(m: int, k: int, n: int, g: int, *, exact: bool) -> BlockConfig:
     """A config from sizes alone, by what was measured on an H100 (docs/kernels-gpu.md).
 
     Up to 32 tokens three warpgroups hide each other's latency and results are scaled in float32, for free. Beyond, the
-    accumulators fill the registers, so two warpgroups scale the codes. A weight with few channels is split in two over
-    k; splits of four leave processors idle, since clusters of four don't tile a GPC.
+    accumulators fill the registers, so two warpgroups scale the codes. A weight with few channels is split in three or
+    two over k; splits of four leave processors idle, since clusters of four don't tile a GPC.
     """
     tokens = next((t for t in (8, 16, 32, 64) if m <= t), 64 if exact else 128)
     scale_weight = not exact and (tokens > 32 or g < 64)
@@ -93,7 +93,7 @@ def derive(m: int, k: int, n: int, g: int, *, exact: bool) -> BlockConfig:
     else:
         config = BlockConfig(tokens, deep=2, stages=5, scale_weight=True)
     blocks = n // (CHANNELS * config.wide) * -(-m // tokens)
-    split = 2 if 2 * blocks <= MULTIPROCESSORS and k >= 1024 else 1
+    split = next((s for s in (3, 2) if s * blocks <= MULTIPROCESSORS and k >= 512 * s), 1)
     return dataclasses.replace(config, split=split)
 
 
