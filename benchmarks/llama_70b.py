@@ -75,7 +75,9 @@ def shapes_of(config: Any, chips: int, *, dense: bool) -> dict[str, Any]:
     if dense:
         bf16 = lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.bfloat16) if is_weight(leaf) else leaf
         params = jax.tree.map(bf16, params, is_leaf=is_weight)
-    wide = lambda leaf: jax.ShapeDtypeStruct((leaf.shape[0], leaf.shape[1] + -leaf.shape[1] % (512 * chips)), leaf.dtype)
+    wide = lambda leaf: jax.ShapeDtypeStruct(
+        (leaf.shape[0], leaf.shape[1] + -leaf.shape[1] % (512 * chips)), leaf.dtype
+    )
     return {**params, "lm_head": jax.tree.map(wide, params["lm_head"])}
 
 
