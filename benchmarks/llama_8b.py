@@ -6,9 +6,10 @@
     PYTHONPATH=kernels:convert:. python benchmarks/llama_8b.py serve HOME --json serve.json
     PYTHONPATH=kernels:convert:. python benchmarks/llama_8b.py exact HOME --json exact.json
 
-`quantize` runs the command line in a process of its own. `serve` times prefill and decode of the packed and of the dense
-model, one after the other in one process and through the same code. `exact` compares every product of sampled layers of
-the packed checkpoint, as the device computes it, with float64. ``--layers`` and ``--shrink`` make a model to rehearse with.
+`quantize` runs the command line in a process of its own. `meshes` spreads it over devices, and `differ` compares two
+results. `serve` times prefill and decode of the packed and of the dense model, one after the other in one process and
+through the same code. `exact` compares every product of sampled layers of the packed checkpoint, as the device computes
+it, with float64. ``--layers`` and ``--shrink`` make a model to rehearse with.
 """
 
 import argparse
@@ -34,11 +35,12 @@ SAMPLES, LENGTH = 128, 512
 def main() -> None:
     """One stage."""
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("stage", choices=("make", "quantize", "differ", "serve", "exact"))
+    p.add_argument("stage", choices=("make", "quantize", "meshes", "differ", "serve", "exact"))
     p.add_argument("home", type=pathlib.Path)
     p.add_argument("--layers", type=int, default=32)
     p.add_argument("--shrink", type=int, default=1, help="divides every width")
     p.add_argument("--method", default="awq")
+    p.add_argument("--mesh", action="append", default=[], metavar="AXIS=N,…", help="of stage meshes, in turn")
     p.add_argument("--name", help="of the quantized model, int4-NAME in HOME (the method)")
     p.add_argument("--option", action="append", default=[], help="handed on to awq-jax quantize")
     p.add_argument("--batch", default="1,4,16,64")
@@ -48,7 +50,9 @@ def main() -> None:
     p.add_argument("--trace", type=pathlib.Path, help="write the device time by kernel of one decode there")
     p.add_argument("--json", type=pathlib.Path)
     a = p.parse_args()
-    found = {"make": make, "quantize": quantize, "differ": differ, "serve": serve, "exact": exact}[a.stage](a)
+    found = {"make": make, "quantize": quantize, "meshes": meshes, "differ": differ, "serve": serve, "exact": exact}[
+        a.stage
+    ](a)
     text = json.dumps(found, indent=1)
     print(text)
     if a.json:
@@ -162,6 +166,36 @@ def quantize(a: argparse.Namespace) -> dict[str, Any]:
         "fell_back": sum(layer["fell_back"] for layer in full["layers"]),
         "warnings": full["warnings"],
     }
+
+
+def meshes(a: argparse.Namespace) -> dict[str, Any]:
+    """One quantization for each mesh, int4-MESH in HOME, and what a layer takes once everything is compiled.
+
+    Peaks are of the process: give the mesh that holds least a device first.
+    """
+    import jax
+
+    from awq_jax.pipeline import quantize_checkpoint
+
+    rows = []
+    for text in a.mesh:
+        mesh = {axis: int(size) for axis, size in (part.split("=") for part in text.split(","))}
+        ends: list[float] = []
+        begun = time.perf_counter()
+        quantize_checkpoint(
+            a.home / "dense",
+            a.home / f"int4-{text}",
+            calib=a.home / "calib.jsonl",
+            mesh=mesh,
+            resume="never",
+            progress=lambda *_, ends=ends: ends.append(time.perf_counter()),
+        )
+        wall = time.perf_counter() - begun
+        peaks = [(device.memory_stats() or {}).get("peak_bytes_in_use", 0) / 1e9 for device in jax.devices()]
+        row = {"mesh": text, "wall_s": wall, "a_layer_s": float(np.median(np.diff(ends[1:]))), "peaks_gb": peaks}
+        rows.append(row)
+        print(json.dumps(row), file=sys.stderr, flush=True)
+    return {**versions(), "layers": a.layers, "rows": rows}
 
 
 def differ(a: argparse.Namespace) -> dict[str, Any]:
@@ -300,9 +334,8 @@ def traced(run: Any, out: pathlib.Path, steps: int) -> None:
     rows = sorted(total.items(), key=lambda item: -sum(item[1]))
     us = lambda times: sum(times) / steps / 1e3
     text = [f"{us(times):9.1f} us/step {len(times) / steps:7.1f} calls  {name}" for name, times in rows[:60]]
-    text.append(
-        f"{sum(us(t) for t in total.values()):9.1f} us/step in all, {sum(map(len, total.values())) / steps:.0f} launches"
-    )
+    launches = sum(map(len, total.values())) / steps
+    text.append(f"{sum(map(us, total.values())):9.1f} us/step in all, {launches:.0f} launches")
     out.write_text("\n".join(text) + "\n", encoding="utf-8")
 
 
