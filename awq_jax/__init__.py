@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from awq_jax._spec import RefineSpec as RefineSpec
     from awq_jax._spec import ScaleRule as ScaleRule
     from awq_jax._spec import SearchSpec as SearchSpec
+    from awq_jax._spec import SmoothSpec as SmoothSpec
     from awq_jax._spec import rule as rule
     from awq_jax._stats import ActStats as ActStats
     from awq_jax._stats import all_reduce as all_reduce
@@ -48,7 +49,7 @@ _HOME = {
     "_quantize": ("quantize_layer",),
     "_round": ("quantize",),
     "_search": ("ScaleResult", "search_scale"),
-    "_spec": ("GPTQSpec", "QuantSpec", "Recipe", "RefineSpec", "ScaleRule", "SearchSpec", "rule"),
+    "_spec": ("GPTQSpec", "QuantSpec", "Recipe", "RefineSpec", "ScaleRule", "SearchSpec", "SmoothSpec", "rule"),
     "_stats": ("ActStats", "all_reduce", "calibrate", "merge", "observe"),
     "_tie": ("Tie",),
     "pipeline": ("quantize_checkpoint",),

@@ -16,6 +16,7 @@ from awq_jax._manifest import MANIFEST, make_manifest, tree_digests
 
 __all__ = [
     "INCOMPLETE",
+    "beside",
     "published",
     "refuse_existing",
     "refuse_lack_of_room",
@@ -123,8 +124,19 @@ def working_directory(out: str | os.PathLike[str]) -> Path:
     >>> working_directory("/data/model-int4").as_posix()
     '/data/.model-int4.incomplete'
     """
+    return beside(out, "incomplete")
+
+
+def beside(out: str | os.PathLike[str], what: str) -> Path:
+    """A hidden name beside an output, of what belongs to it.
+
+    Raises:
+      ValueError: the output is the root of everything.
+    """
     target = Path(os.path.abspath(out))
-    return target.with_name(f".{target.name}.incomplete")
+    if not target.name:
+        raise ValueError(f"{out} can't be an output; give the name of a directory to create.")
+    return target.with_name(f".{target.name}.{what}")
 
 
 def take_lock(fd: int, path: Path) -> None:
@@ -202,7 +214,7 @@ def _sync_tree(top: Path) -> None:
 
 def _replaced(out: Path) -> Path:
     """Where a directory is kept between the two renames that replace it."""
-    return out.with_name(f".{out.name}.replaced")
+    return beside(out, "replaced")
 
 
 def _tidy(out: Path) -> None:

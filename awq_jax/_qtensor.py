@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A quantized weight."""
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -15,6 +16,7 @@ from awq_jax_kernels.int4_matmul import int4_matmul
 from awq_jax_kernels.int4_matmul import reference as int4_reference
 from awq_jax_kernels.int8_matmul import int8_matmul
 from awq_jax_kernels.int8_matmul import reference as int8_reference
+from awq_jax_kernels.w8a8_matmul import w8a8_matmul
 
 __all__ = ["QTensor", "codes_of", "dequantize", "dequantize_tree", "matmul", "product"]
 
@@ -23,7 +25,7 @@ __all__ = ["QTensor", "codes_of", "dequantize", "dequantize_tree", "matmul", "pr
 class QTensor:
     """A quantized weight ``[*b, k, n]``: ``w = (q - zero) * scale``, one scale and zero per group of rows.
 
-    It is a pytree whose three leaves share their leading axes, so `jax.vmap`, `jax.lax.scan`, indexing and sharding
+    It is a pytree whose leaves share their leading axes, so `jax.vmap`, `jax.lax.scan`, indexing and sharding
     of stacked layers or experts need no special code.
 
     Attributes:
@@ -33,6 +35,10 @@ class QTensor:
       zero: codes ``[*b, k/g, n]``, int8 0..15 or, of eight bits, uint8 0..255; None is `middle` everywhere, a
         symmetric weight.
       bits: width of the codes that were chosen, 2, 3, 4 or 8; nibbles hold the first three alike.
+      activations: what `matmul` multiplies the weight by, as in `QuantSpec`: "float", or int8 codes with a step for
+        each "token" or one for the whole "tensor".
+      input_scale: that one step, float32 ``[*b, 1, n]``, the same in every column so that columns can be cut and joined
+        like scales; None where there is none.
 
     The group size is ``k // scale.shape[-2]``, the shape is derived: neither can disagree with the arrays.
     """
@@ -40,7 +46,9 @@ class QTensor:
     packed: Any
     scale: Any
     zero: Any = None
+    input_scale: Any = None
     bits: int = static(default=4)
+    activations: str = static(default="float")
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -62,6 +70,11 @@ class QTensor:
     def middle(self) -> int:
         """The code that is zero where there are no zeros: 8, and 128 of eight bits."""
         return middle(self.bits)
+
+    def with_input_scale(self, step: Array) -> "QTensor":
+        """The weight with a static step ``[*b]`` of its inputs."""
+        each = jnp.broadcast_to(step.astype(jnp.float32)[..., None, None], self.scale.shape)
+        return dataclasses.replace(self, input_scale=each)
 
     @property
     def nbytes(self) -> int:
@@ -92,17 +105,21 @@ def codes_of(weight: QTensor) -> Array:
 def dequantize_tree(tree: Any, dtype: Any = jnp.float32) -> Any:
     """A tree in which every `QTensor` is replaced by the dense weight that it stands for; other leaves stay.
 
+    Weights that multiply int8 activations stay too: as dense ones they would compute something else.
+
     Args:
       tree: of arrays and `QTensor` leaves.
       dtype: of the dense weights.
     """
     is_weight = lambda leaf: isinstance(leaf, QTensor)
-    dense = lambda leaf: dequantize(leaf, dtype) if is_weight(leaf) else leaf
+    dense = lambda leaf: dequantize(leaf, dtype) if is_weight(leaf) and leaf.activations == "float" else leaf
     return jax.tree.map(dense, tree, is_leaf=is_weight)
 
 
 def matmul(x: Array, weight: QTensor | Array) -> Array:
     """``x @ weight`` for a dense or a quantized weight, without building the dense one.
+
+    Where a weight says that its activations are int8, x is rounded and the product is int8 by int8.
 
     Args:
       x: ``[..., k]``.
@@ -123,11 +140,14 @@ def matmul(x: Array, weight: QTensor | Array) -> Array:
 
 
 def product(x: Array, weight: QTensor) -> Array:
-    """``x @ weight`` of a quantized weight, by its width; leading axes of x and weight are those of the kernels.
+    """``x @ weight`` of a quantized weight, by its width and its activations.
 
     Args:
       x: ``[*b, m, k]``, or any ``[..., k]`` for a weight ``[k, n]``.
       weight: ``[*b, k, n]``.
     """
+    if weight.activations != "float":
+        step = None if weight.input_scale is None else weight.input_scale[..., 0, 0]
+        return w8a8_matmul(x, weight.packed, weight.scale, step)
     multiply = int4_matmul if per_byte(weight.bits) == 2 else int8_matmul
     return multiply(x, weight.packed, weight.scale, weight.zero)

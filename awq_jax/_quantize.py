@@ -10,13 +10,14 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
+from awq_jax._activations import Sample, input_step
 from awq_jax._clip import search_clip
 from awq_jax._experts import each_expert, flat, stacked, without_starved
 from awq_jax._fold import fold_scale
 from awq_jax._gram import rescaled
 from awq_jax._plan import GroupPlan, LayerPlan
 from awq_jax._pytree import pytree
-from awq_jax._qtensor import dequantize
+from awq_jax._qtensor import QTensor, dequantize
 from awq_jax._round import quantize
 from awq_jax._search import ScaleResult, gram_loss, search_scale, split_columns
 from awq_jax._stats import ActStats
@@ -40,7 +41,7 @@ class QuantizedLayer:
       params: the layer's tree with `QTensor` kernels and folded producers.
       results: a `ScaleResult` per group of the plan, None where nothing of the group is quantized.
       losses: by group, the output error after clipping and rounding, in the unit of ``results[i].losses`` under the
-        Gram objective.
+        Gram objective; None where activations are rounded too.
       wanted: the layer's tree as it was rounded: scales folded in, weights moved to make up for drift.
     """
 
@@ -50,7 +51,9 @@ class QuantizedLayer:
     wanted: Any
 
 
-def _search_group(params: Params, plan: GroupPlan, layer: LayerPlan, stats: ActStats, loss: Any) -> ScaleResult:
+def _search_group(
+    params: Params, plan: GroupPlan, layer: LayerPlan, stats: ActStats, loss: Any, sample: Sample | None = None
+) -> ScaleResult:
     """The scale of one group; a group that nothing can absorb keeps identity and only measures it."""
     if plan.group.per_expert:
         one = lambda part, seen, _: _search_group(part, plan.of_one_expert(), layer, seen, None)
@@ -59,7 +62,7 @@ def _search_group(params: Params, plan: GroupPlan, layer: LayerPlan, stats: ActS
     specs = [spec for _, spec, _ in plan.quantized]
     # A sink left in floating point still shares the input: its rows are scaled, but it adds no error.
     search = layer.search if plan.group.producer is not None else layer.search.identity_only
-    return search_scale(stats, kernels, search, specs, tie=plan.tie, loss=loss)
+    return search_scale(stats, kernels, search, specs, tie=plan.tie, loss=loss, sample=sample)
 
 
 def _round_group(
@@ -81,7 +84,8 @@ def _round_group(
     kernels = {path: flat(kernel.astype(jnp.float32)) for path, kernel in dense.items()}
     if stats is None or stats.gram is None:
         for path, spec, _ in plan.quantized:
-            out = put(out, f"{path}/kernel", stacked(quantize(kernels[path], spec), dense[path]))
+            weight = _with_input_scale(quantize(kernels[path], spec), stats)
+            out = put(out, f"{path}/kernel", stacked(weight, dense[path]))
         return out, None
     ratios = _clip_group(kernels, plan, layer, stats)
     loss = jnp.zeros(())
@@ -89,14 +93,22 @@ def _round_group(
         paths = [path for path, other, _ in plan.quantized if other == spec]
         wide = jnp.concatenate([kernels[path] for path in paths], axis=1)
         ratio = jnp.concatenate([ratios[path] for path in paths], axis=1)
-        weight = round_by(wide, stats.gram, spec, layer.feedback, ratio)
+        weight = _with_input_scale(round_by(wide, stats.gram, spec, layer.feedback, ratio), stats)
         loss += gram_loss(wide - dequantize(weight), stats)
         ends = np.cumsum([kernels[path].shape[1] for path in paths])
         for path, end in zip(paths, ends.tolist(), strict=True):
             columns = slice(end - kernels[path].shape[1], end)
             part = jax.tree.map(lambda leaf, at=columns: leaf[:, at], weight)
             out = put(out, f"{path}/kernel", stacked(part, dense[path]))
-    return out, loss
+    return out, None if plan.int8_inputs else loss
+
+
+def _with_input_scale(weight: QTensor, stats: ActStats | None) -> QTensor:
+    """A weight with the static step of its inputs, where they have one."""
+    if weight.activations != "tensor":
+        return weight
+    assert stats is not None
+    return weight.with_input_scale(input_step(stats.abs_max))
 
 
 def _realigned(params: Params, plan: GroupPlan, drift: Drift) -> Params:
@@ -122,10 +134,11 @@ def _clip_group(kernels: Mapping[str, Array], plan: GroupPlan, layer: LayerPlan,
     return ratios
 
 
-def round_layer(params: Params, plan: LayerPlan) -> Params:
-    """Round to nearest, without statistics: what every other method is measured against."""
+def round_layer(params: Params, plan: LayerPlan, stats: Mapping[str, ActStats] | None = None) -> Params:
+    """Round to nearest: what every other method is measured against. Static steps alone need statistics, the maxima."""
     for group in plan.groups:
-        params, _ = _round_group(params, group, plan, None)
+        seen = stats[group.group.sinks[0]] if stats is not None and group.int8_inputs else None
+        params, _ = _round_group(params, group, plan, seen and dataclasses.replace(seen, gram=None))
     return params
 
 
@@ -135,6 +148,7 @@ def quantize_layer(
     plan: LayerPlan,
     loss: GroupLoss = lambda group: None,
     reobserve: Reobserve | None = None,
+    samples: Mapping[str, Sample] | None = None,
 ) -> QuantizedLayer:
     """Quantize one layer: search every group on the original weights, fold all scales, clip, round, pack.
 
@@ -148,10 +162,14 @@ def quantize_layer(
       loss: objective of a group, given its plan; None is the Gram objective.
       reobserve: measures a group's inputs anew when the groups before it are quantized, and how they have drifted; each
         weight is then moved to make up for it (`realign`).
+      samples: inputs by tap, of the groups whose activations are int8.
     """
     stats = {tap: without_starved(seen, plan.search.expert_tokens) for tap, seen in stats.items()}
+    sample_of = lambda group: samples[group.group.sinks[0]] if samples is not None and group.int8_inputs else None
     results = tuple(
-        _search_group(params, group, plan, stats[group.group.sinks[0]], loss(group)) if group.quantized else None
+        _search_group(params, group, plan, stats[group.group.sinks[0]], loss(group), sample_of(group))
+        if group.quantized
+        else None
         for group in plan.groups
     )
     folded = params
@@ -164,7 +182,7 @@ def quantize_layer(
         if result is not None:
             rows = group.tie.spread(result.scale) if group.tie else result.scale
             seen = stats[group.group.sinks[0]]
-            seen = dataclasses.replace(seen, gram=rescaled(seen.gram, rows))
+            seen = dataclasses.replace(seen, gram=rescaled(seen.gram, rows), abs_max=seen.abs_max / rows)
             if reobserve:
                 drift = reobserve(folded, done, group)
                 wanted, seen = _realigned(wanted, group, drift), drift.stats

@@ -92,7 +92,8 @@ def to_codes(weight: Float[Array, "*b k n"], grid: Grid, spec: QuantSpec) -> UIn
 def packed_on(codes: UInt8[Array, "*b k n"], grid: Grid, spec: QuantSpec) -> QTensor:
     """Codes on a grid as a weight."""
     zero = None if spec.symmetric else grid.zero.astype(jnp.int8 if spec.bits <= 4 else jnp.uint8)
-    return QTensor(packed=pack(codes, spec.bits), scale=grid.scale, zero=zero, bits=spec.bits)
+    packed = pack(codes, spec.bits)
+    return QTensor(packed=packed, scale=grid.scale, zero=zero, bits=spec.bits, activations=spec.activations)
 
 
 def fake_quantize(

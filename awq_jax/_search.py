@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from awq_jax._activations import Sample, activation_loss, input_step
 from awq_jax._gram import times
 from awq_jax._operands import refuse_shape, refuse_weight
 from awq_jax._pytree import pytree
@@ -113,6 +114,23 @@ def gram_loss(error: Float[Array, "k n"], stats: ActStats) -> Float[Array, ""]:
     return jnp.vdot(error, times(stats.gram, error)) / jnp.maximum(stats.count, 1.0)
 
 
+def _of_activations(
+    stats: ActStats,
+    sample: Sample,
+    dense: Sequence[Array],
+    rounded: Sequence[Array],
+    t: Array,
+    specs: Sequence[QuantSpec],
+) -> Float[Array, ""]:
+    """What int8 activations add to the loss of the weights that multiply them."""
+    added = jnp.zeros(())
+    for kind in sorted({s.activations for s in specs} - {"float"}):
+        of_kind = [i for i, s in enumerate(specs) if s.activations == kind]
+        step = input_step(stats.abs_max / t) if kind == "tensor" else None
+        added += activation_loss(sample, [dense[i] for i in of_kind], [rounded[i] for i in of_kind], t, step)
+    return added
+
+
 def split_columns(wide: Array, widths: Sequence[int]) -> list[Array]:
     """Columns back into weights."""
     return jnp.split(wide, np.cumsum(widths)[:-1].tolist(), axis=1)
@@ -145,6 +163,7 @@ def search_scale(
     *,
     tie: Tie | None = None,
     loss: Callable[[list[Array]], Array] | None = None,
+    sample: Sample | None = None,
 ) -> ScaleResult:
     """Find the scale with the lowest loss; pure, one compiled loop over all candidates.
 
@@ -155,6 +174,8 @@ def search_scale(
       spec: the number format, or one for each weight.
       tie: where the producer's channels are fewer than k.
       loss: objective of a list of candidate weights (float32, same shapes); `gram_loss` of all of them if None.
+      sample: inputs of some tokens, for weights whose activations are int8: what rounding these costs depends on each
+        token and is measured.
 
     Returns:
       The winner. A candidate whose loss is not finite never wins; if none is finite, identity does.
@@ -162,12 +183,14 @@ def search_scale(
     Raises:
       TypeError: ``stats`` are not `ActStats`, or a weight is no array.
       ValueError: there is no weight, a weight is not ``[k, n]`` floats or the statistics not of its k inputs, the group
-        size does not divide k, or the statistics hold no Gram matrix.
+        size does not divide k, the statistics hold no Gram matrix, or activations are int8 and there is no sample.
     """
     _refuse_misfits(stats, weights, spec, tie)
     if loss is None and stats.gram is None:
         raise ValueError("the gram objective needs ActStats.gram: observe(..., gram=True).")
     specs = [spec] * len(weights) if isinstance(spec, QuantSpec) else list(spec)
+    if sample is None and any(s.activations != "float" for s in specs):
+        raise ValueError("activations are int8: give a sample of inputs to measure on what rounding them costs.")
     # Outputs are rounded one by one, so weights of one format may stand side by side: a third less to compile.
     widths, formats = [w.shape[1] for w in weights], [*dict.fromkeys(specs)]
     if len(formats) == 1:
@@ -180,7 +203,8 @@ def search_scale(
         rounded = [fake_quantize(w * rows, s) / rows for w, s in zip(dense, specs, strict=True)]
         if loss is not None:
             return loss(split_columns(jnp.concatenate(rounded, axis=1), [w.shape[1] for w in weights]))
-        return gram_loss(jnp.concatenate([w - c for w, c in zip(dense, rounded, strict=True)], axis=1), stats)
+        error = gram_loss(jnp.concatenate([w - c for w, c in zip(dense, rounded, strict=True)], axis=1), stats)
+        return error if sample is None else error + _of_activations(stats, sample, dense, rounded, rows[:, 0], specs)
 
     losses = jax.lax.map(evaluate, scales)
     losses = jnp.where(jnp.isfinite(losses), losses, jnp.inf)

@@ -11,7 +11,18 @@ import numpy as np
 
 from awq_jax_kernels.codes import middle, per_byte
 
-__all__ = ["METHODS", "GPTQSpec", "QuantSpec", "Recipe", "RefineSpec", "ScaleRule", "SearchSpec", "rule"]
+__all__ = [
+    "METHODS",
+    "WEIGHT_METHODS",
+    "GPTQSpec",
+    "QuantSpec",
+    "Recipe",
+    "RefineSpec",
+    "ScaleRule",
+    "SearchSpec",
+    "SmoothSpec",
+    "rule",
+]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -24,9 +35,11 @@ class QuantSpec:
       symmetric: zero point fixed at the middle of the range, or one zero code per group.
       scale_dtype: "float16", "bfloat16" or "float32", what scales are stored in; codes are rounded against the *stored*
         scale.
+      activations: what multiplies the weight: "float" is the activations as they come; "token" is their int8 codes with
+        a step for each token, found as it comes; "tensor" int8 codes with one step for all, from the calibration text.
 
     Raises:
-      ValueError: a field is outside its range.
+      ValueError: a field is outside its range, or int8 activations meet a weight that an int8 product can't take.
 
     >>> QuantSpec().levels, QuantSpec(bits=3).levels
     (15, 7)
@@ -36,8 +49,28 @@ class QuantSpec:
     group_size: int = 128
     symmetric: bool = False
     scale_dtype: str = "float16"
+    activations: str = "float"
+
+    @classmethod
+    def w8a8(cls, activations: str = "token", *, scale_dtype: str = "float16") -> "QuantSpec":
+        """Eight-bit weights, symmetric, one scale a column, and int8 activations: the product sums in int32.
+
+        >>> QuantSpec.w8a8().group_size
+        -1
+        """
+        return cls(bits=8, group_size=-1, symmetric=True, scale_dtype=scale_dtype, activations=activations)
 
     def __post_init__(self) -> None:
+        if self.activations not in ("float", "token", "tensor"):
+            raise ValueError(f"QuantSpec.activations is {self.activations!r}; use 'float', 'token' or 'tensor'.")
+        if self.activations != "float" and (self.bits, self.group_size, self.symmetric) != (8, -1, True):
+            kind = "symmetric" if self.symmetric else "asymmetric"
+            raise ValueError(
+                "int8 activations multiply symmetric weights of 8 bits with one scale a column (group_size=-1), not "
+                f"{kind} ones of {self.bits} bits with group_size={self.group_size}: sums of int8 products know no "
+                "groups and no zeros. Use QuantSpec.w8a8(), or activations='float'; an override can leave a weight in "
+                "floating point."
+            )
         if self.bits not in (2, 3, 4, 8):
             raise ValueError(f"QuantSpec.bits is {self.bits}; supported are 2, 3, 4 and 8.")
         if self.group_size != -1 and (self.group_size < 2 or self.group_size % 2):
@@ -66,7 +99,9 @@ class QuantSpec:
         """
         *batch, k, n = shape
         scale = 4 if self.scale_dtype == "float32" else 2
-        return math.prod(batch) * (k * n // per_byte(self.bits) + (scale + 1) * n * (k // self.rows_per_group(k)))
+        groups = k // self.rows_per_group(k)
+        step = 4 * n if self.activations == "tensor" else 0
+        return math.prod(batch) * (k * n // per_byte(self.bits) + (scale + 1) * n * groups + step)
 
     def rows_per_group(self, k: int, name: str = "weight") -> int:
         """Group size for a contraction axis of length k.
@@ -128,17 +163,18 @@ class ScaleRule:
             raise ValueError(f"ScaleRule.percentile is {self.percentile}; it must lie in (0, 100].")
 
 
-METHODS = ("minmax", "awq", "gptq", "awq+gptq")
-RULES = ("identity", "paper", "duo", "article", "article-literal")
+WEIGHT_METHODS = ("minmax", "awq", "gptq", "awq+gptq")
+METHODS = (*WEIGHT_METHODS, "smoothquant")
+RULES = ("identity", "paper", "duo", "article", "article-literal", "smoothquant")
 
 
 def rule(name: str, *, n_grid: int = 20, **options: Any) -> ScaleRule:
     """A named scale rule.
 
     ``identity``: t = 1, round to nearest. ``paper``: ``a**r``, r on a grid over [0, 1] (AWQ, section 3.2). ``duo``:
-    ``a**r / w**(1-r)`` (AutoAWQ). ``article``: ``max|x|**alpha / max|w|`` with alpha from 0.5 to 1, as a multiplier
-    of the weight. ``article-literal``: the same formula dividing the weight, as the article writes it; it shrinks the
-    salient weights and is here to be measured.
+    ``a**r / w**(1-r)`` (AutoAWQ). ``smoothquant``: the same of maxima (Xiao et al. 2022). ``article``: ``max|x|**alpha
+    / max|w|`` with alpha from 0.5 to 1, as a multiplier of the weight. ``article-literal``: the same formula dividing
+    the weight, as the article writes it; it shrinks the salient weights and is here to be measured.
 
     Args:
       name: one of the above.
@@ -159,6 +195,7 @@ def rule(name: str, *, n_grid: int = 20, **options: Any) -> ScaleRule:
         "identity": ScaleRule(name="identity", powers=((0.0, 0.0),)),
         "paper": ScaleRule(name="paper", powers=tuple((r, 0.0) for r in unit)),
         "duo": ScaleRule(name="duo", powers=tuple((r, 1.0 - r) for r in unit)),
+        "smoothquant": _smoothing(unit),
         "article": ScaleRule(
             name="article", powers=tuple((a, 1.0) for a in upper), statistic="max", weight_statistic="max"
         ),
@@ -172,6 +209,12 @@ def rule(name: str, *, n_grid: int = 20, **options: Any) -> ScaleRule:
     if name not in made:
         raise ValueError(f"unknown scale rule {name!r}; the named rules are {', '.join(RULES)}.")
     return dataclasses.replace(made[name], **options)
+
+
+def _smoothing(alphas: tuple[float, ...]) -> ScaleRule:
+    """``max|x|**alpha / max|w|**(1-alpha)``."""
+    powers = tuple((alpha, round(1.0 - alpha, 6)) for alpha in alphas)
+    return ScaleRule(name="smoothquant", powers=powers, statistic="max", weight_statistic="max")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -255,6 +298,31 @@ class GPTQSpec:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class SmoothSpec:
+    """How SmoothQuant shares the difficulty of rounding between activations and weights.
+
+    Attributes:
+      alphas: exponents that compete with identity in every group, on the output error of what is computed in int8: 0
+        leaves activations as they are, 1 makes all their channels equally large. One alone is the paper's form, usually
+        0.5.
+
+    >>> SmoothSpec(alphas=(0.5,)).rule.powers
+    ((0.5, 0.5),)
+    """
+
+    alphas: tuple[float, ...] = tuple(round(i / 20, 6) for i in range(21))
+
+    def __post_init__(self) -> None:
+        if not self.alphas or not all(0 <= alpha <= 1 for alpha in self.alphas):
+            raise ValueError(f"SmoothSpec.alphas is {self.alphas}; give at least one number from 0 to 1.")
+
+    @property
+    def rule(self) -> ScaleRule:
+        """The candidates, as a rule of the search."""
+        return _smoothing(self.alphas)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class RefineSpec:
     """How codes and scales are trained once a method has found them, layer by layer.
 
@@ -286,9 +354,11 @@ class Recipe:
     Attributes:
       quant: the number format.
       method: "minmax" rounds to nearest; "awq" searches scales and thresholds, then rounds to nearest; "gptq" rounds
-        with error feedback; "awq+gptq" searches, then rounds with error feedback.
+        with error feedback; "awq+gptq" searches, then rounds with error feedback; "smoothquant" searches scales for
+        weights and activations of eight bits (``quant=QuantSpec.w8a8()``), then rounds to nearest.
       search: how scales and thresholds are found, where the method searches.
       gptq: how codes are chosen, where the method feeds errors back.
+      smooth: which scales compete, where the method is "smoothquant".
       propagate: "dense" quantizes each layer on the float model's activations; "quantized" on those that have passed
         through the layers before it as they are written, and moves each weight so that it still makes the float
         model's outputs of them.
@@ -301,6 +371,7 @@ class Recipe:
     method: str = "awq"
     search: SearchSpec = dataclasses.field(default_factory=SearchSpec)
     gptq: GPTQSpec = dataclasses.field(default_factory=GPTQSpec)
+    smooth: SmoothSpec = dataclasses.field(default_factory=SmoothSpec)
     propagate: str = "dense"
     refine: RefineSpec | None = None
     overrides: tuple[tuple[str, QuantSpec | None], ...] = ()
@@ -315,6 +386,27 @@ class Recipe:
             raise ValueError("Recipe.method 'minmax' looks at no activations, so there is nothing to propagate.")
         if self.method not in METHODS:
             raise ValueError(f"Recipe.method is {self.method!r}; the methods are {', '.join(METHODS)}.")
+        self._refuse_int8_activations()
+
+    def _refuse_int8_activations(self) -> None:
+        """Where activations are int8 the method must know, and what trains or searches weights alone must not run."""
+        specs = [self.quant, *(spec for _, spec in self.overrides if spec is not None)]
+        rounded = any(spec.activations != "float" for spec in specs)
+        if self.method == "smoothquant" and self.quant.activations == "float":
+            raise ValueError(
+                "Recipe.method 'smoothquant' is for int8 activations, and the recipe's number format has none. Use "
+                "quant=QuantSpec.w8a8()."
+            )
+        if rounded and self.method not in ("minmax", "smoothquant"):
+            raise ValueError(
+                f"Recipe.method {self.method!r} scores weights alone, and the recipe has int8 activations. Use "
+                "'smoothquant', or 'minmax' for none of it."
+            )
+        if rounded and (self.propagate != "dense" or self.refine is not None or self.search.objective != "gram"):
+            raise ValueError(
+                "int8 activations go neither with propagate='quantized' nor with refinement nor with the block "
+                "objective: these score weights alone. Leave them out."
+            )
 
     def spec_of(self, *names: str) -> tuple[str | None, QuantSpec | None]:
         """The override that decides for a weight, by any of its names, and the weight's format.
@@ -332,6 +424,8 @@ class Recipe:
         """What the method looks for: nothing but identity, where it does not search."""
         if "awq" in self.method:
             return self.search
+        if self.method == "smoothquant":
+            return dataclasses.replace(self.search, rules=(self.smooth.rule,), clip_ratios=())
         return dataclasses.replace(self.search.identity_only, clip_ratios=())
 
     @property

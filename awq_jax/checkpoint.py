@@ -64,7 +64,7 @@ def _plain(node: Any) -> Any:
     if isinstance(node, Mapping):
         return {key: _plain(value) for key, value in node.items()}
     if isinstance(node, QTensor):
-        arrays = {"packed": node.packed, "scale": node.scale, "zero": node.zero}
+        arrays = {"packed": node.packed, "scale": node.scale, "zero": node.zero, "input_scale": node.input_scale}
         return {name: np.asarray(array) for name, array in arrays.items() if array is not None}
     return np.asarray(node)
 
@@ -77,6 +77,7 @@ def _describe(leaf: Any) -> dict[str, Any]:
             "bits": leaf.bits,
             "group_size": leaf.group_size,
             "symmetric": leaf.zero is None,
+            **({} if leaf.activations == "float" else {"activations": leaf.activations}),
         }
     array = np.asarray(leaf)
     return {"nbytes": array.nbytes, "dtype": str(array.dtype)}
@@ -139,14 +140,18 @@ def read_part(directory: Path, description: Mapping[str, Any]) -> dict[str, Any]
         raise FileNotFoundError(f"{directory} is missing; copy the checkpoint again.")
     try:
         with _checkpointer() as checkpointer:
-            stored = checkpointer.metadata(directory.resolve()).item_metadata.tree
+            described = checkpointer.metadata(directory.resolve()).item_metadata
+            if described is None:
+                raise ValueError("its metadata is missing or damaged")
+            stored = described.tree
             _refuse_bloated(directory, stored)
             # What several devices wrote would otherwise ask for as many again.
             as_numpy = jax.tree.map(lambda leaf: ocp.RestoreArgs(restore_type=np.ndarray), stored)
             tree = checkpointer.restore(directory.resolve(), restore_args=as_numpy)
         for path, kept in description["leaves"].items():
             if "bits" in kept:
-                tree = put(tree, path, QTensor(**get(tree, path), bits=int(kept["bits"])))
+                static = {"bits": int(kept["bits"]), "activations": kept.get("activations", "float")}
+                tree = put(tree, path, QTensor(**get(tree, path), **static))
     except Exception as error:
         raise ValueError(f"{directory} cannot be read ({error}); copy the checkpoint again.") from error
     return tree

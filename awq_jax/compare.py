@@ -10,7 +10,7 @@ from typing import Any
 
 from awq_jax import stdlib_text
 from awq_jax._publish import published, write_bytes, write_manifest
-from awq_jax._spec import METHODS, QuantSpec, Recipe
+from awq_jax._spec import METHODS, WEIGHT_METHODS, QuantSpec, Recipe
 from awq_jax.pages import comparison_page, quantization_page
 from awq_jax.pages.comparison import HEAD, table_rows
 from awq_jax.pipeline import quantize_checkpoint
@@ -28,6 +28,7 @@ class Compared:
 
     Attributes:
       bits: width of a code; 16 for the dense model.
+      activations: what multiplies the weights, as in `QuantSpec`.
       method: as in `Recipe.method`; "dense" for the model itself.
       kl: divergence from the dense model, nats a token.
       perplexity: on the held-out text.
@@ -46,6 +47,7 @@ class Compared:
     top1: float
     nbytes: int
     seconds: float
+    activations: str = "float"
     layers: tuple[float | None, ...] = ()
 
 
@@ -57,15 +59,20 @@ def _recipes(methods: Sequence[str], bits: Sequence[int], base: Recipe) -> Itera
     for width in dict.fromkeys(bits):
         quant: QuantSpec = dataclasses.replace(base.quant, bits=width)
         for method in dict.fromkeys(methods):
-            propagate = "dense" if method == "minmax" else base.propagate
-            yield dataclasses.replace(base, quant=quant, method=method, propagate=propagate)
+            if method in WEIGHT_METHODS:
+                propagate = "dense" if method == "minmax" else base.propagate
+                yield dataclasses.replace(base, quant=quant, method=method, propagate=propagate)
+    if "smoothquant" in methods:  # of one format alone; nearest rounding to it stands beside
+        quant = QuantSpec.w8a8(scale_dtype=base.quant.scale_dtype)
+        for method in ("minmax", "smoothquant"):
+            yield dataclasses.replace(base, quant=quant, method=method, propagate="dense", refine=None)
 
 
 def compare_methods(
     src: str | os.PathLike[str],
     out: str | os.PathLike[str],
     *,
-    methods: Sequence[str] = METHODS,
+    methods: Sequence[str] = WEIGHT_METHODS,
     bits: Sequence[int] = (4, 3),
     base: Recipe = Recipe(),  # noqa: B008 - frozen
     calib: str | os.PathLike[str] | None = None,
@@ -82,8 +89,8 @@ def compare_methods(
       src: dense Hugging Face directory.
       out: directory to create: ``comparison.html``, ``comparison.json``, ``comparison.md`` and a page of every run. The
         quantized weights are not kept.
-      methods: of `METHODS`.
-      bits: widths.
+      methods: of `METHODS`; "smoothquant" is measured once, beside nearest rounding to its format, W8A8.
+      bits: widths of the others.
       base: everything else.
       calib: calibration text; None takes the standard library's documentation.
       text: held-out text; None takes the part of it that calibration does not see.
@@ -111,7 +118,8 @@ def compare_methods(
         found = evaluate_checkpoint(src, held, base=src, tokens=tokens)
         rows = [_row(16, "dense", found, source.nbytes, 0.0)]
         for recipe in recipes:
-            name = f"int{recipe.quant.bits}-{recipe.method}"
+            quant = recipe.quant
+            name = f"{'w8a8' if quant.activations != 'float' else f'int{quant.bits}'}-{recipe.method}"
             progress(name)
             target = work / name
             report = quantize_checkpoint(
@@ -120,7 +128,8 @@ def compare_methods(
             found = evaluate_checkpoint(target, held, base=src, tokens=tokens)
             errors = tuple(layer.error for layer in report.layers)
             seconds = sum(report.seconds.values())
-            rows.append(_row(recipe.quant.bits, recipe.method, found, report.bytes_after, seconds, errors))
+            row = _row(quant.bits, recipe.method, found, report.bytes_after, seconds, errors)
+            rows.append(dataclasses.replace(row, activations=quant.activations))
             measured = [(f"{found.kl:.4f}", "KL to dense, nats a token"), (f"{found.perplexity:.2f}", "perplexity")]
             page = quantization_page(f"{source.path.name}, {name}", report.to_dict(), measured=measured)
             _remove(target)

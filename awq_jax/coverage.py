@@ -34,6 +34,8 @@ def _reason(plan: GroupPlan, layer: LayerPlan, tap: str, *, finite: bool, fell_b
 def _method(layer: LayerPlan, *, finite: bool, fell_back: bool, winner: str) -> Method:
     """What a quantized group got."""
     kept = finite and not fell_back
+    if kept and "smoothquant" in winner:
+        return "smoothquant"
     return method_of(scaled=kept and winner != "identity", fed_back=kept and layer.feedback is not None)
 
 
@@ -67,6 +69,7 @@ def _linears(
                 reason=reason,
                 bits=spec.bits,
                 group_size=spec.group_size,
+                activations=spec.activations,
                 starved=starved,
             )
 

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from awq_jax import stdlib_text
 from awq_jax._outliers import plant_outliers
 from awq_jax._publish import published, write_bytes, write_manifest
-from awq_jax._spec import Recipe, SearchSpec, rule
+from awq_jax._spec import QuantSpec, Recipe, SearchSpec, rule
 from awq_jax.pipeline import quantize_checkpoint
 from awq_jax.prepare import plans_of, read_samples
 from awq_jax.run import continue_prompt, evaluate_checkpoint, load_model
@@ -69,7 +69,7 @@ def plant_checkpoint(src: str | os.PathLike[str], out: str | os.PathLike[str], *
     source = HFCheckpoint.open(src)
     with HFWriter(source, out) as writer:
         writer.write_stem(source.stem())
-        for index, plan in enumerate(plans_of(source, Recipe())):
+        for index, plan in enumerate(plans_of(source, Recipe(quant=QuantSpec(group_size=-1)))):
             writer.write_layer(index, plant_outliers(source.layer(index), plan, factor=factor, seed=index))
 
 

@@ -35,6 +35,8 @@ __all__ = ["MEASURED", "Clock", "Job", "Progress", "quantize_layers"]
 
 MEASURED = 4096  # tokens that a finished layer is measured again on, against round to nearest
 
+_POLL_S = 0.01
+
 Progress = Callable[[LayerReport, int], None]
 
 
@@ -140,6 +142,13 @@ def _commit(job: Job, behind: Behind, session: Session, streams: Mapping[str, An
             session.commit({name: job.layout.fetch_chunks(array) for name, array in streams.items()})
 
 
+def _awaited(outcome: LayerOutcome) -> LayerOutcome:
+    """What the device made, waited for in Python, where signals are heard."""
+    while not all(array.is_ready() for array in jax.tree.leaves(outcome)):
+        time.sleep(_POLL_S)
+    return outcome
+
+
 def quantize_layers(
     job: Job, batches: tuple[np.ndarray, np.ndarray], writer: ModelWriter | None, session: Session, resumed: int
 ) -> Iterator[LayerReport]:
@@ -169,8 +178,10 @@ def quantize_layers(
             with clock.phase("quantize"):
                 params = _float32(layout.layer(params))
                 at = config.of_layer(index)
-                outcome = quantize_and_measure(
-                    params, hidden, mask, stream, config=at, plan=plan, measured=measured, tokens=counted
+                outcome = _awaited(
+                    quantize_and_measure(
+                        params, hidden, mask, stream, config=at, plan=plan, measured=measured, tokens=counted
+                    )
                 )
                 hidden = layout.hidden(outcome.hidden)
                 stream = None if outcome.stream is None else layout.hidden(outcome.stream)

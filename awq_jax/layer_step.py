@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
+from awq_jax._activations import Sample
 from awq_jax._experts import ExpertRows, flat, observe_experts, stacked
 from awq_jax._plan import GroupPlan, LayerPlan
 from awq_jax._pytree import pytree
@@ -82,8 +83,7 @@ def block_loss(
     config: DecoderConfig, params: Params, hidden: Array, mask: Array, plan: LayerPlan
 ) -> Callable[[GroupPlan], Callable[[list[Array]], Array] | None]:
     """The "block" objective: output error of the attention or MLP that a group's linears belong to."""
-    inputs: dict[str, Array] = {}
-    block(config, params, hidden, tap=lambda name, x: inputs.update({name: x}) if name in plan.taps else None)
+    inputs = _tapped(config, params, hidden, plan.taps)
 
     def of_group(group: GroupPlan) -> Callable[[list[Array]], Array] | None:
         name, x = group.group.output, inputs[group.group.sinks[0]]
@@ -118,6 +118,23 @@ def _in_place(
 
     zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
     return jax.lax.fori_loop(0, len(hidden), chunk, (zeros, hidden))
+
+
+def _tapped(config: DecoderConfig, params: Params, hidden: Array, taps: tuple[str, ...]) -> dict[str, Array]:
+    """Inputs of linears, by tap."""
+    seen: dict[str, Array] = {}
+    block(config, params, hidden, tap=lambda name, x: seen.update({name: x}) if name in taps else None)
+    return seen
+
+
+def _samples(config: DecoderConfig, params: Params, hidden: Array, mask: Array, plan: LayerPlan) -> dict[str, Sample]:
+    """Inputs of the groups whose activations are int8."""
+    taps = tuple(group.group.sinks[0] for group in plan.groups if group.int8_inputs)
+    if not taps:
+        return {}
+    rows = lambda x: jnp.where(mask[..., None], x.astype(jnp.float32), 0.0).reshape(-1, x.shape[-1])
+    count = mask.sum(dtype=jnp.float32)
+    return {name: Sample(rows(x), count) for name, x in _tapped(config, params, hidden, taps).items()}
 
 
 def _magnitudes(params: Params, stats: dict[str, ActStats], plan: LayerPlan, results: Any) -> tuple[Any, ...]:
@@ -184,7 +201,7 @@ def quantize_and_measure(
       stream: its inputs in the quantized model, like ``hidden``; needed where the plan propagates.
       config: of the model.
       plan: of this layer.
-      measured: chunks that the output error is measured on, and the block objective evaluated on.
+      measured: chunks that the output error is measured on, and the block objective and int8 activations are scored on.
       tokens: how many of the mask are True, for `SearchSpec.stride`; None takes all for tokens.
     """
     tokens = tokens or mask.size
@@ -204,10 +221,11 @@ def quantize_and_measure(
     sample = jax.tree.map(lambda a: a[:measured].reshape(-1, *a.shape[2:]), (hidden, stream, outputs, mask))
     _, inputs, _, keep = sample
     loss = block_loss(config, params, inputs, keep, plan) if plan.search.objective == "block" else lambda group: None
-    searched = quantize_layer(params, stats, plan, loss, reobserve)
+    samples = _samples(config, params, inputs, keep, plan)
+    searched = quantize_layer(params, stats, plan, loss, reobserve, samples)
     if plan.refine is not None:
         searched = _refined(config, searched, (stream, outputs, mask), plan.refine, measured)
-    rounded = round_layer(params, plan)
+    rounded = round_layer(params, plan, stats)
     error, rtn_error = _relative_errors(config, [searched.params, rounded], *sample)
     helped = error <= rtn_error  # False where the error is NaN
     chosen = jax.tree.map(lambda a, b: jnp.where(helped, a, b), searched.params, rounded)

@@ -51,7 +51,7 @@ def observe(
     variables: Variables,
     batches: Iterable[Any],
     table: Table,
-    search: SearchSpec = SearchSpec(),  # noqa: B008 - frozen
+    search: SearchSpec | Recipe = SearchSpec(),  # noqa: B008 - frozen
     token_mask: Callable[[Any], jax.Array] | None = None,
     **keywords: Any,
 ) -> dict[str, ActStats]:

@@ -9,6 +9,13 @@ from awq_jax.report import LayerReport, Report
 __all__ = ["model_card"]
 
 
+_INPUTS = {
+    "float": "",
+    "token": " that multiply int8 activations, rounded token by token",
+    "tensor": " that multiply int8 activations, rounded by a static step",
+}
+
+
 def _row(layer: LayerReport) -> str:
     winners = ", ".join(f"{g.rule} {g.power:.2f}" if g.rule != "identity" else g.rule for g in layer.groups)
     rtn_error, error = ("not finite" if v is None else f"{v:.3e}" for v in (layer.rtn_error, layer.error))
@@ -21,15 +28,16 @@ def _widths(report: Report) -> tuple[str, str]:
     """A title's and a sentence's words for the codes: overrides may have mixed them."""
     kind = "symmetric" if report.recipe["quant"]["symmetric"] else "asymmetric"
     written = [w for layer in report.layers for w in layer.linears if w.method != "float"]
-    found = Counter((w.bits, w.group_size) for w in written).most_common()
+    found = Counter((w.bits, w.group_size, w.activations) for w in written).most_common()
     if not found:
         return "not quantized", "no weight has codes"
-    title = " and ".join(f"INT{bits}" for bits in sorted({bits for (bits, _), _ in found}, reverse=True))
+    names = sorted({(bits, inputs != "float") for (bits, _, inputs), _ in found}, reverse=True)
+    title = " and ".join("W8A8" if rounded else f"INT{bits}" for bits, rounded in names)
     group = lambda size: "whole columns" if size == -1 else f"groups of {size}"
     if len(found) == 1:
-        ((bits, size), _), *_ = found
-        return title, f"{bits}-bit {kind} weights in {group(size)}"
-    listed = ", ".join(f"{count} of {bits} bits in {group(size)}" for (bits, size), count in found)
+        ((bits, size, inputs), _), *_ = found
+        return title, f"{bits}-bit {kind} weights in {group(size)}{_INPUTS[inputs]}"
+    listed = ", ".join(f"{count} of {bits} bits in {group(size)}{_INPUTS[kind]}" for (bits, size, kind), count in found)
     return title, f"{kind} weights of mixed formats ({listed})"
 
 
@@ -42,7 +50,8 @@ def model_card(name: str, family: str, report: Report) -> str:
       report: what was done.
     """
     title, weights = _widths(report)
-    tags = ["awq", *(title.lower().split(" and ") if title.startswith("INT") else []), "awq-jax"]
+    method = "smoothquant" if report.recipe["method"] == "smoothquant" else "awq"
+    tags = [method, *(title.lower().split(" and ") if title[0] in "IW" else []), "awq-jax"]
     lines = [
         "---",
         f"tags: [{', '.join(tags)}]",

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The verbs on any Flax NNX module: `propose`, `observe`, `quantize`; the result is a module again.
 
-A module's parameters are its `nnx.Param` variables; everything else it holds (caches, counters, statistics) is carried
-along and updated as its own code does.
+A module's parameters are its `nnx.Param` variables; everything else it holds (caches, counters, statistics, adapters of
+`nnx.LoRA`) is carried along and updated as its own code does.
 """
 
 from collections.abc import Callable, Iterable
@@ -23,14 +23,24 @@ Call = Callable[..., Any]
 """``call(model, *args) -> outputs``."""
 
 
-def _call(model: Any, *args: Any) -> Any:
-    return model(*args)
+def _call(model: Any, *args: Any, **keywords: Any) -> Any:
+    return model(*args, **keywords)
+
+
+_BASE = nnx.All(nnx.Param, nnx.Not(nnx.LoRAParam))  # adapters of the model's own are trained, not quantized
 
 
 def _parts(model: nnx.Module) -> tuple[Any, dict[Any, Any], Any]:
     """(structure, {keys: parameter}, other state)."""
-    graph, params, rest = nnx.split(model, nnx.Param, ...)
+    graph, params, rest = nnx.split(model, _BASE, ...)
     return graph, dict(nnx.to_flat_state(params)), rest
+
+
+def _original(model: Any, call: Call) -> tuple[Any, Call]:
+    """The module and the call that a `Quantized` one stands for; any other as it is."""
+    if isinstance(model, Quantized):
+        return model.model, model.call if call is _call else call
+    return model, call
 
 
 def _tree(flat: dict[Any, Any]) -> dict[str, Any]:
@@ -39,15 +49,16 @@ def _tree(flat: dict[Any, Any]) -> dict[str, Any]:
 
 
 def _function(model: nnx.Module, call: Call) -> tuple[Callable[..., Any], dict[str, Any], Any]:
-    """(pure function of (params, rest, *args) that returns (outputs, rest), params, rest)."""
+    """(pure function of (params, rest, args, keywords) that returns (outputs, rest), params, rest)."""
+    model, call = _original(model, call)
     graph, flat, rest = _parts(model)
 
-    def function(params: dict[str, Any], rest: Any, *args: Any) -> Any:
+    def function(params: dict[str, Any], rest: Any, args: Any, keywords: Any) -> Any:
         filled = [(keys, variable.replace(params["/".join(map(str, keys))])) for keys, variable in flat.items()]
         # Variables belong to the trace that makes them; these may be changed by the call.
         module = nnx.merge(graph, nnx.from_flat_state(filled), jax.tree.map(lambda leaf: leaf, rest))
-        outputs = call(module, *args)
-        _, _, rest = nnx.split(module, nnx.Param, ...)
+        outputs = call(module, *args, **keywords)
+        _, _, rest = nnx.split(module, _BASE, ...)
         return outputs, rest
 
     return function, _tree(flat), rest
@@ -56,7 +67,7 @@ def _function(model: nnx.Module, call: Call) -> tuple[Callable[..., Any], dict[s
 def _pure(model: nnx.Module, call: Call) -> tuple[Callable[..., Any], dict[str, Any]]:
     """(``(params, *args) -> outputs`` that starts from the model's present state each time, params)."""
     function, params, rest = _function(model, call)
-    return lambda params, *args: function(params, rest, *args)[0], params
+    return lambda params, *args: function(params, rest, args, {})[0], params
 
 
 def propose(model: nnx.Module, *args: Any, call: Call = _call) -> Table:
@@ -75,7 +86,7 @@ def observe(
     model: nnx.Module,
     batches: Iterable[Any],
     table: Table,
-    search: SearchSpec = SearchSpec(),  # noqa: B008 - frozen
+    search: SearchSpec | Recipe = SearchSpec(),  # noqa: B008 - frozen
     *,
     call: Call = _call,
     token_mask: Callable[[Any], jax.Array] | None = None,
@@ -86,7 +97,7 @@ def observe(
       model: with dense parameters; left as it is.
       batches: each an argument of ``call(model, batch)``.
       table: from `propose`.
-      search: the one that `quantize` will use.
+      search: the one that `quantize` will use, or its recipe.
       call: as for `propose`.
       token_mask: ``token_mask(batch)``, ``[b, t]``, True where a token counts; None counts all.
     """
@@ -104,6 +115,7 @@ def quantize(
     call: Call = _call,
 ) -> tuple["Quantized", Coverage]:
     """A quantized copy of a model, and what each weight got and why; see `awq_jax.adapt.quantize`."""
+    model, call = _original(model, call)
     _, flat, _ = _parts(model)
     params, coverage = adapt.quantize(_tree(flat), stats, table, recipe, without_producer=without_producer)
     return serve(model, params, call=call), coverage
@@ -117,6 +129,7 @@ def serve(model: nnx.Module, params: dict[str, Any], *, call: Call = _call) -> "
       params: ``{path: value}``.
       call: what calling the result does.
     """
+    model, call = _original(model, call)
     graph, flat, rest = _parts(model)
     filled = [(keys, _plain(variable, params["/".join(map(str, keys))])) for keys, variable in flat.items()]
     return Quantized(nnx.merge(graph, nnx.from_flat_state(filled), rest), call)
@@ -124,7 +137,7 @@ def serve(model: nnx.Module, params: dict[str, Any], *, call: Call = _call) -> "
 
 def params_of(model: nnx.Module) -> dict[str, Any]:
     """``{path: value}`` of a model's parameters, with the paths of the original if it is `Quantized`."""
-    _, flat, _ = _parts(model.model if isinstance(model, Quantized) else model)
+    _, flat, _ = _parts(_original(model, _call)[0])
     return _tree(flat)
 
 
@@ -149,14 +162,15 @@ class Quantized(nnx.Module):
         self.model = model
         self.call = call
 
-    def __call__(self, *args: Any) -> Any:
-        """What ``call(original, *args)`` returns, from the quantized parameters."""
-        return self.run(self.call, *args)
+    def __call__(self, *args: Any, **keywords: Any) -> Any:
+        """What ``call(original, *args, **keywords)`` returns, from the quantized parameters."""
+        return self.run(self.call, *args, **keywords)
 
-    def run(self, call: Call, *args: Any) -> Any:
-        """``call(original, *args)`` of any other function of the original, for example one of its methods."""
+    def run(self, call: Call, *args: Any, **keywords: Any) -> Any:
+        """``call(original, ...)`` of any other function of the original, for example one of its methods."""
         function, params, rest = _function(self.model, call)
-        outputs, after = adapt.serve(function)(params, rest, *args)
-        if any(a is not b for a, b in zip(jax.tree.leaves(rest), jax.tree.leaves(after), strict=True)):
+        outputs, after = adapt.serve(function)(params, rest, args, keywords)
+        old, new = jax.tree.leaves(rest), jax.tree.leaves(after)
+        if len(old) != len(new) or any(a is not b for a, b in zip(old, new, strict=True)):
             nnx.update(self.model, after)
         return outputs

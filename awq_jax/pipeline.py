@@ -11,6 +11,7 @@ import jax
 
 from awq_jax._plan import LayerPlan
 from awq_jax._spec import Recipe
+from awq_jax.budget import Chosen, Measuring, Question, choose, kept_beside
 from awq_jax.calibration import Samples, check_vocabulary
 from awq_jax.gram_memory import blocked
 from awq_jax.hosts import together
@@ -44,6 +45,7 @@ def quantize_checkpoint(
     out: str | pathlib.Path,
     *,
     recipe: Recipe = Recipe(),  # noqa: B008 - frozen
+    budget: float | None = None,
     calib: str | pathlib.Path | Samples | None = None,
     samples: int = 128,
     seq_len: int = 512,
@@ -56,6 +58,7 @@ def quantize_checkpoint(
     family: FamilyChoice = None,
     host_timeout: float = 600.0,
     progress: Progress | None = None,
+    measuring: Measuring = lambda done, layers: None,
 ) -> Report:
     """Quantize a Hugging Face checkpoint directory.
 
@@ -71,6 +74,9 @@ def quantize_checkpoint(
       src: directory with config.json, safetensors and, for text, tokenizer.json.
       out: directory to write; must not exist unless ``overwrite``.
       recipe: format, search and overrides.
+      budget: mean bits of a quantized weight at most, scales and zeros included: the width of what no override names is
+        then chosen by group and layer, by what rounding it costs the model, and not that of the recipe
+        (`awq_jax.budget`).
       calib: UTF-8 text or JSON lines, or `Samples`; None takes the Python documentation and says so.
       samples: calibration samples at most.
       seq_len: tokens of a sample at most.
@@ -84,6 +90,7 @@ def quantize_checkpoint(
       family: a table, the name of one or its TOML file, instead of the one that serves config.json's architecture.
       host_timeout: seconds that a process may keep the others waiting between two layers.
       progress: called with each `LayerReport` and the number of layers.
+      measuring: called with (layers done, layers) while widths are tried.
 
     Returns:
       The report, also written to ``out/awq_jax_report.json``.
@@ -99,6 +106,7 @@ def quantize_checkpoint(
         with clock.phase("open"):
             checkpoint, plans, recipe = open_planned(pathlib.Path(src), recipe, format, serve_tp, family)
             refuse_overlap(checkpoint.path, pathlib.Path(out))
+            asked = None if budget is None else Question.of(checkpoint, plans, recipe, format, budget)
         with clock.phase("calibration text"):
             if not isinstance(calib, Samples):
                 path = None if calib is None else pathlib.Path(calib)
@@ -109,17 +117,26 @@ def quantize_checkpoint(
         with clock.phase("fingerprint"):
             decided = {"recipe": dataclasses.asdict(recipe), "format": format, "batch": batch}
             decided |= {} if checkpoint.hf.table is None else {"table": checkpoint.hf.table}
-            inputs = fingerprint(checkpoint.path, calib, decided, str(layout), whole=resume != "never")
+            measured = fingerprint(checkpoint.path, calib, decided, str(layout), whole=resume != "never")
+            inputs = {**measured, "budget": "none" if budget is None else f"{budget!r} bits"}
             hosts.agree({**inputs, "resume": resume})
-        expected = expected_bytes(checkpoint, plans)
+        batches, chosen = chunks_of(calib, batch), None
         with ExitStack() as opened:
             session, writer = Session(None, inputs), None
-            batches = chunks_of(calib, batch)
             if hosts.first:
-                room = room_bytes(checkpoint, plans, batches[0].size, resume != "never")
-                writer = _open_writer(format, checkpoint, out, plans, recipe, overwrite, expected)
+                least = plans if asked is None else asked.version(asked.widths[0])
+                room = room_bytes(checkpoint, least, batches[0].size, resume != "never")
                 unfinished = resuming(out, resume, inputs, overwrite=overwrite, expected_bytes=room)
                 session = opened.enter_context(unfinished)
+            if asked is not None:
+                kept = None if resume == "never" else kept_beside(out)
+                with clock.phase("measure sensitivities"), hosts.explained():
+                    options = {"layout": layout, "hosts": hosts, "kept": kept, "inputs": measured}
+                    chosen = choose(asked, batches, **options, measuring=measuring)
+                plans, recipe = chosen.applied(plans), chosen.recorded(recipe)
+            expected = expected_bytes(checkpoint, plans)
+            if hosts.first:
+                writer = _open_writer(format, checkpoint, out, plans, recipe, overwrite, expected)
             else:
                 writer = open_follower(format, checkpoint, out)
             if writer:
@@ -130,11 +147,13 @@ def quantize_checkpoint(
             job = Job(checkpoint, plans, layout, hosts, clock, progress, keep=resume != "never")
             layers = tuple(quantize_layers(job, batches, writer, session, resumed))
             written = writer.nbytes if writer and hosts.first else expected
-            report = _report(job, layers, recipe, calib, inputs, resumed, written, alone)
+            report = _report(job, layers, recipe, calib, inputs, resumed, written, alone, chosen)
             if writer and hosts.first:
                 writer.write_text("awq_jax_report.json", report.to_json())
                 writer.write_text("awq_jax_report.html", quantization_page(checkpoint.path.name, report.to_dict()))
                 writer.write_text("README.md", model_card(checkpoint.path.name, checkpoint.family.name, report))
+        if chosen is not None and hosts.first:
+            kept_beside(out).unlink(missing_ok=True)
         return report
 
 
@@ -154,6 +173,7 @@ def _open_writer(
         out,
         group_size=next(iter(specs), recipe.quant).group_size,
         symmetric=bool(specs) and all(spec.symmetric for spec in specs),
+        activations=next(iter(specs), recipe.quant).activations,
         recipe=dataclasses.asdict(recipe),
         overwrite=overwrite,
         expected_bytes=expected,
@@ -169,6 +189,7 @@ def _report(
     resumed: int,
     written: int,
     alone: str,
+    chosen: Chosen | None,
 ) -> Report:
     """Of a run whose layers are all there."""
     report = Report(
@@ -191,6 +212,7 @@ def _report(
         warnings=(*calib.notes, *blocked(job.plans, kernel_shapes(job.checkpoint, job.plans)), *filter(None, (alone,))),
         inputs=dict(inputs),
         resumed_layers=resumed,
+        budget=None if chosen is None else chosen.to_dict(),
         peak_device_bytes=max((d.memory_stats() or {}).get("peak_bytes_in_use", 0) for d in jax.local_devices()),
     )
     return dataclasses.replace(report, warnings=(*report.warnings, *report.starved))

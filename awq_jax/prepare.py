@@ -110,7 +110,7 @@ def specs_of(plans: Sequence[LayerPlan]) -> set[QuantSpec]:
 def _schemes(checkpoint: HFCheckpoint, plans: tuple[LayerPlan, ...]) -> dict[str, Scheme | None]:
     """What every linear of the layers is to be; None stays dense."""
     quantized = {
-        f"layers/{index}/{path}/kernel": Scheme(spec.bits, spec.group_size, spec.symmetric)
+        f"layers/{index}/{path}/kernel": Scheme(spec.bits, spec.group_size, spec.symmetric, spec.activations)
         for index, plan in enumerate(plans)
         for group in plan.groups
         for path, spec, _ in group.quantized
@@ -140,8 +140,8 @@ def open_planned(
         for config, plan in {checkpoint.config.of_layer(i): plan for i, plan in enumerate(plans)}.items():
             refuse_false_groups(checkpoint.family.name, config, plan)
     refuse_unwritable(format, checkpoint, _schemes(checkpoint, plans))
-    refuse_straddling(plans, shapes, serve_tp)
     refuse_misfit(format, specs_of(plans))
+    refuse_straddling(plans, shapes, serve_tp)
     return checkpoint, plans, fitted
 
 

@@ -9,12 +9,13 @@ from typing import Any, Literal
 __all__ = ["GroupReport", "LayerReport", "LinearReport", "Method", "Report", "method_of"]
 
 
-Method = Literal["awq", "gptq", "awq+gptq", "rtn", "float"]
+Method = Literal["awq", "gptq", "awq+gptq", "smoothquant", "rtn", "float"]
 
 _WORDS: dict[Method, str] = {
     "awq": "with searched scales",
     "awq+gptq": "with searched scales and error feedback",
     "gptq": "with error feedback",
+    "smoothquant": "with smoothed scales",
     "rtn": "rounded to nearest",
     "float": "left in floating point",
 }
@@ -38,10 +39,11 @@ class LinearReport:
     Attributes:
       path: for example ``layers/0/attn/q``.
       method: what was written: "awq" (a searched scale), "gptq" (codes chosen by error feedback), "awq+gptq" (both),
-        "rtn" (round to nearest) or "float" (not quantized).
+        "smoothquant" (a searched scale for int8 activations too), "rtn" (round to nearest) or "float" (not quantized).
       reason: why it is less than the recipe asked for; empty if it is not.
       bits: width of the codes, 16 or 32 for float.
       group_size: rows per scale, 0 for float.
+      activations: what multiplies it, as in `QuantSpec`: "float", or int8 by "token" or by "tensor".
       starved: experts that too few calibration tokens reached; they share the scale of their input with the others, and
         their last linear is rounded to nearest.
     """
@@ -51,6 +53,7 @@ class LinearReport:
     reason: str = ""
     bits: int = 4
     group_size: int = 128
+    activations: str = "float"
     starved: tuple[int, ...] = ()
 
 
@@ -135,6 +138,7 @@ class Report:
       warnings: what the user should know.
       inputs: digests of what decided the result: weights, calibration, recipe, versions, devices.
       resumed_layers: layers that an earlier, killed run had finished.
+      budget: what `awq_jax.budget` chose, as plain data; None where the recipe says all widths.
     """
 
     layers: tuple[LayerReport, ...]
@@ -149,6 +153,7 @@ class Report:
     inputs: dict[str, str] = dataclasses.field(default_factory=dict)
     resumed_layers: int = 0
     peak_device_bytes: int = 0
+    budget: dict[str, Any] | None = None
 
     @property
     def starved(self) -> tuple[str, ...]:

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """One decode step of a whole model on TPUs that are not here, by their compiler, against the least bfloat16 needs.
 
+    python benchmarks/decode.py --json benchmarks/results/decode.json
     python benchmarks/decode.py --slices v6e-1,v5e-4 --batch 1,4,16 --context 512,2048 --cache bfloat16,int8
 
 The model is config only: Llama 3 8B's shapes, abstract weights, groups of 128 with zero points, an INT4 head. A slice
@@ -9,21 +10,24 @@ layers deep; layers are alike, so ``t = t(1) + (layers - 1) * (t(2) - t(1))``. T
 operations of the compiled step, one after the other:
 
 * the kernels by the models of `awq_jax_kernels.bench.cost`, `.decode_attention.cost` and `.add_norm.cost`, all of 16
-  rows, so that small batches are not flattered;
+  rows, so that small batches are not flattered, their activations in VMEM; where the compiled step has them in HBM,
+  each of them costs a latency and its bytes (under "rest");
 * every other operation by the larger of XLA's own estimate and the bytes it moves in HBM over the bandwidth;
-* XLA gives no estimate of gathers and scatters (600 cycles a row are taken) and none of collectives: an all-reduce is
-  taken for ``HOP_US (chips - 1) + 2 bytes / ICI``, which is an assumption and not the compiler's.
+* XLA gives no estimate of gathers and scatters (600 cycles a row of HBM are taken, elsewhere a launch) and none of
+  collectives: an all-reduce is taken for ``HOP_US (chips - 1) + 2 bytes / ICI``, which is an assumption and not the
+  compiler's.
 
 The bound is a bfloat16 model's with a bfloat16 cache of the same context, which no program reaches: the bytes of
 weights and cache over the bandwidth of all chips, or the products at their peak rate, and no communication.
 
-``--whole SLICE`` compiles decode of all layers, eight tokens to a dispatch, and says what a chip holds.
+``--whole SLICE`` compiles decode of all layers, eight tokens to a dispatch, and says what a chip holds; minutes.
 """
 
 import argparse
 import concurrent.futures
 import dataclasses
 import functools
+import importlib.metadata
 import json
 import math
 import os
@@ -39,7 +43,7 @@ from awq_jax.models import param_shapes
 from awq_jax.serving.abstract import LLAMA_8B as C
 from awq_jax_kernels.add_norm import cost as norm_cost
 from awq_jax_kernels.aot.schedule import LATENCY_CYCLES
-from awq_jax_kernels.aot.tpu import _environment, compile_programs
+from awq_jax_kernels.aot.tpu import compile_programs, environment
 from awq_jax_kernels.bench.cost import kernel_cost, program
 from awq_jax_kernels.chips import TPUS
 from awq_jax_kernels.decode_attention import cost as attention_cost
@@ -73,11 +77,11 @@ class Slice:
 def main() -> int:
     """Print a row for each case."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--slices", default="v6e-1,v6e-4,v6e-8,v5e-4,v5e-8,v5p-4")
+    parser.add_argument("--slices", default="v5e-1,v6e-1,v5e-4,v6e-4,v5p-4,v5e-8,v6e-8")
     parser.add_argument("--batch", default="1,4,16")
     parser.add_argument("--context", default="512,2048")
     parser.add_argument("--cache", default="bfloat16,int8")
-    parser.add_argument("--json", type=Path, help="write the rows there too")
+    parser.add_argument("--json", type=Path, help="write the rows there too; those of other slices stay")
     parser.add_argument("--whole", metavar="SLICE")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -85,7 +89,11 @@ def main() -> int:
         compile_here(**json.loads(args.child))
         return 0
     if args.whole:
-        print(json.dumps(compiled(Slice.of(args.whole), C.num_layers, steps=8)))
+        held = compiled(Slice.of(args.whole), C.num_layers, steps=8)
+        held = {key: held[key] for key in ("kernels", "argument_bytes", "alias_bytes", "temp_bytes")}
+        print(args.whole, json.dumps(held))
+        if args.json:
+            keep(args.json, [], {args.whole: held})
         return 0
     numbers = lambda text: [int(n) for n in text.split(",")]
     contexts, caches = numbers(args.context), args.cache.split(",")
@@ -98,9 +106,20 @@ def main() -> int:
             found = list(cases(Slice.of(name), batch, contexts, caches))
             print(line(name, found), flush=True)
             rows += [{"slice": name, **row} for row in found]
-    if args.json:
-        args.json.write_text(json.dumps(rows, indent=1) + "\n")
+        if args.json:
+            keep(args.json, rows)
     return 0
+
+
+def keep(file: Path, rows: list[dict[str, Any]], whole: dict[str, Any] | None = None) -> None:
+    """Write rows, and what whole models hold, to a file in the place of what it has of the same slices."""
+    mine = {row["slice"] for row in rows}
+    before = json.loads(file.read_text()) if file.exists() else {"whole": {}, "rows": []}
+    every = [*(row for row in before["rows"] if row["slice"] not in mine), *rows]
+    head = {"versions": {name: importlib.metadata.version(name) for name in ("jax", "libtpu")}}
+    head["whole"] = {**before["whole"], **(whole or {})}
+    lines = ",\n".join("  " + json.dumps(row) for row in every)
+    file.write_text(f'{json.dumps(head, indent=1)[:-2]},\n "rows": [\n{lines}\n ]\n}}\n')
 
 
 def line(name: str, rows: list[dict[str, Any]]) -> str:
@@ -122,7 +141,7 @@ def cases(where: Slice, batch: int, contexts: list[int], caches: list[str]) -> I
     for context in contexts:
         for dtype in caches:
             shape = form(where, batch, context, dtype)
-            attention = C.num_layers * attention_cost.microseconds(where.gen, shape, cores[dtype])
+            attention = C.num_layers * attention_cost.microseconds(where.gen, shape, cores[dtype], inside=True)
             total, least = matmuls + attention + rest + talk, bound_us(where, batch, context)
             ms = lambda us: round(us / 1e3, 2)
             yield {
@@ -188,7 +207,7 @@ def products(where: Slice) -> list[Callable[[int], float]]:
     shapes = [(d, (wide + 2 * kv) // n), (wide // n, d), (d, 2 * inner // n), (inner // n, d), (d, vocab)]
     configs = [for_tpu(TPUS[where.gen], ROWS, *shape, 128, zeros=True, exact=False) for shape in shapes]
     programs = [
-        program("ours", still=True, config=vars(config), m=ROWS, k=k, n=n, g=128)
+        program("ours", still=True, inside=True, config=vars(config), m=ROWS, k=k, n=n, g=128)
         for config, (k, n) in zip(configs, shapes, strict=True)
     ]
     stills = compile_programs(programs, where.gen)
@@ -196,7 +215,7 @@ def products(where: Slice) -> list[Callable[[int], float]]:
         raise RuntimeError(f"{where}: {errors[0]}")
 
     def cost(config: Any, still: Any, k: int, n: int, batch: int) -> float:
-        return kernel_cost(where.gen, config, still, batch, k, n, 128, zeros=True).us
+        return kernel_cost(where.gen, config, still, batch, k, n, 128, zeros=True, inside=True).us
 
     return [functools.partial(cost, c, still, *shape) for c, still, shape in zip(configs, stills, shapes, strict=True)]
 
@@ -223,7 +242,7 @@ def compiled(where: Slice, layers: int, steps: int) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(prefix="awq_jax_decode_") as folder:
         out = Path(folder, "out.json")
         request = {"gen": where.gen, "chips": where.chips, "layers": layers, "steps": steps, "out": str(out)}
-        env = {**os.environ, **_environment(Path(folder), False), "LIBTPU_INIT_ARGS": ""}
+        env = {**os.environ, **environment(Path(folder), profile=False), "LIBTPU_INIT_ARGS": ""}
         done = subprocess.run([sys.executable, __file__, "--child", json.dumps(request)], env=env, capture_output=True)
         if done.returncode:
             raise RuntimeError(done.stderr.decode(errors="replace")[-2000:])
@@ -246,11 +265,14 @@ def compile_here(gen: str, chips: int, layers: int, steps: int, out: str) -> Non
     held: Any = program.memory_analysis()
     hlo = program.as_text() or ""
     xla_us, launch_us = xla_time(hlo, tpu)
+    outside = activations_in_hbm(hlo, results=tpu.cores == 1)  # two cores write to HBM, by the kernel's own model
+    xla_us += sum(LATENCY_CYCLES / tpu.clock_ghz + size / tpu.hbm_gb_s for size in outside) / 1e3
     found = {
         "temp_bytes": held.temp_size_in_bytes,
         "argument_bytes": held.argument_size_in_bytes,
         "alias_bytes": held.alias_size_in_bytes,
         "kernels": len(kernel_names(hlo)),
+        "activations_in_hbm": len(outside),
         "xla_us": xla_us,
         "launch_us": launch_us,
     }
@@ -275,14 +297,39 @@ def xla_time(hlo: str, tpu: Any) -> tuple[float, float]:
             continue
         estimate = re.search(r'"estimated_cycles":"(\d+)"', line)
         cycles, hbm = int(estimate[1]) if estimate else 0, 0.0
+        moved = shapes[name] + sum(shapes.get(operand, 0.0) for operand in operands_of(rest))
         if not cycles and re.search("gather|scatter|dynamic", name) and "all-" not in name:
-            cycles = LATENCY_CYCLES * ROWS
+            cycles = LATENCY_CYCLES * ROWS if moved else LAUNCH
         elif cycles or kind == "copy":
-            operands = re.findall(r"%[\w.\-]+", rest.split("), ")[0])
-            hbm = shapes[name] + sum(shapes.get(operand, 0.0) for operand in operands)
+            hbm = moved
         total += max(cycles / tpu.clock_ghz, hbm / tpu.hbm_gb_s) / 1e3
         launches += LAUNCH / tpu.clock_ghz / 1e3 if estimate and cycles >= LAUNCH else 0.0
     return total, launches
+
+
+def operands_of(rest: str) -> list[str]:
+    """Names of an operation's operands, from what stands behind its opening bracket."""
+    return re.findall(r"%[\w.\-]+", rest.split("), ")[0])
+
+
+def activations_in_hbm(hlo: str, *, results: bool) -> list[float]:
+    """Bytes of each operand of a kernel, or result, that is one of ROWS activations and does not lie in VMEM."""
+    held: dict[str, str] = {}
+    found = []
+    for line in hlo[hlo.find("ENTRY ") :].splitlines():
+        match = re.match(r"\s*(?:ROOT )?(%[\w.\-]+) = (.*?) ([\w\-]+)\((.*)", line)
+        if not match:
+            continue
+        name, result, _, rest = match.groups()
+        held[name] = result
+        if '"tpu_custom_call"' in line:
+            read = operands_of(rest)[:1] if "int4_matmul" in name else operands_of(rest)
+            texts = [held.get(operand, "") for operand in read] + [result] * results
+            for kind, dims, layout in SHAPE.findall(" ".join(texts)):
+                sizes = [int(d) for d in dims.split(",") if d]
+                if kind == "bf16" and math.prod(sizes[:-1]) == ROWS and "S(1)" not in layout:
+                    found.append(2.0 * math.prod(sizes))
+    return found
 
 
 def in_hbm(result: str) -> float:

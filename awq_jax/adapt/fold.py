@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 import jax.numpy as jnp
 from jaxtyping import Array
 
+from awq_jax.adapt.columns import spread
 from awq_jax.adapt.layout import Layout
 from awq_jax.adapt.table import Instance, Table
 
@@ -59,9 +60,11 @@ def fold_instances(
         rows = rows_of(instance, t)
         for sink in instance.sinks:
             out[sink] = scale_rows(out[sink], table.weights[sink], rows)
-        absorb = instance.producer
+        absorb, columns = instance.producer, instance.group.columns
         assert absorb is not None
-        out[absorb] = scale_channels(out[absorb], table.weights.get(absorb), instance.group.offset, 1 / t)
+        layout = table.weights.get(absorb)
+        wide = 1 / t if layout is None else spread(1 / t, columns, layout)
+        out[absorb] = scale_channels(out[absorb], layout, instance.group.offset, wide)
         if instance.bias:
-            out[instance.bias] = scale_channels(out[instance.bias], None, 0.0, 1 / t)
+            out[instance.bias] = scale_channels(out[instance.bias], None, 0.0, wide)
     return out

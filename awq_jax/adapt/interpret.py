@@ -12,6 +12,7 @@ from typing import Any, Protocol, runtime_checkable
 import jax
 from jax.extend import core
 
+from awq_jax.adapt.columns import Piece, carried, whole
 from awq_jax.adapt.product import Product, product_of
 from awq_jax.adapt.views import View, follow
 
@@ -32,6 +33,10 @@ class Act(Protocol):
         """The program's result of a product; ``usual`` computes it as written."""
         ...
 
+    def produced(self, view: View, product: Product, y: Any) -> Any:
+        """The result as the program goes on with it: the array, or a `Piece` to see where it is cut."""
+        ...
+
     def other(self, view: View, primitive: str) -> Any:
         """The array that any other operation reads."""
         ...
@@ -49,8 +54,11 @@ def traced(function: Callable[..., Any], *args: Any) -> tuple[Any, Any]:
     return jax.make_jaxpr(function, return_shape=True)(*args)
 
 
+_INLINED = ("jit", "pjit", "closed_call", "core_call")
+
+
 def interpret(jaxpr: Any, consts: Sequence[Any], args: Sequence[Any], act: Act) -> list[Any]:
-    """Evaluate a jaxpr whose arguments may be `View`s; results may be too."""
+    """Evaluate a jaxpr whose arguments may be `View`s or `Piece`s; results may be too."""
     env: dict[Any, Any] = dict(zip(jaxpr.constvars, consts, strict=True)) | dict(zip(jaxpr.invars, args, strict=True))
     read = lambda atom: atom.val if isinstance(atom, core.Literal) else env[atom]
     for eqn in jaxpr.eqns:
@@ -62,9 +70,11 @@ def interpret(jaxpr: Any, consts: Sequence[Any], args: Sequence[Any], act: Act) 
 
 def _run(eqn: Any, operands: list[Any], act: Act) -> list[Any]:
     name = eqn.primitive.name
-    if not any(isinstance(operand, View) for operand in operands):
+    if name not in _INLINED and any(isinstance(operand, Piece) for operand in operands):
+        return carried(eqn, operands, _run(eqn, [whole(operand) for operand in operands], act))
+    if not any(isinstance(operand, View | Piece) for operand in operands):
         return _bind(eqn, operands)
-    if name in ("jit", "pjit", "closed_call", "core_call"):
+    if name in _INLINED:
         inner = eqn.params.get("jaxpr") or eqn.params["call_jaxpr"]
         return interpret(inner.jaxpr, inner.consts, operands, act)
     if name in ("checkpoint", "remat", "remat2"):
@@ -90,34 +100,44 @@ def _bind(eqn: Any, operands: Sequence[Any]) -> list[Any]:
 
 
 def _plain(operands: Sequence[Any], primitive: str, act: Act) -> list[Any]:
-    return [act.other(operand, primitive) if isinstance(operand, View) else operand for operand in operands]
+    return [act.other(operand, primitive) if isinstance(operand, View) else whole(operand) for operand in operands]
 
 
 def _product(eqn: Any, operands: list[Any], act: Act) -> Any:
     kernel_first = isinstance(operands[0], View)
     view, x = operands if kernel_first else operands[::-1]
-    product = product_of(view, x.shape, eqn.params["dimension_numbers"], kernel_first=kernel_first)
+    dtype = eqn.outvars[0].aval.dtype
+    product = product_of(view, x.shape, eqn.params["dimension_numbers"], dtype, kernel_first=kernel_first)
     if product is None:
         return _bind(eqn, _plain(operands, "a product without outputs", act))[0]
 
     def usual() -> Any:
         return _bind(eqn, [view.value, x] if kernel_first else [x, view.value])[0]
 
-    return act.product(view, product, x, usual).astype(eqn.outvars[0].aval.dtype)
+    y = act.product(view, product, x, usual).astype(dtype)
+    return act.produced(view, product, y)
 
 
 def _rematerialized(eqn: Any, operands: list[Any], act: Act) -> list[Any]:
     """Inlined under `jax.checkpoint` again, so that training keeps the memory that the user asked for."""
     inner, body = act.fork(), eqn.params["jaxpr"]
+    through: dict[int, Any] = {}
 
     def run(*args: Any) -> Any:
-        results = interpret(body, (), args, inner)
+        results = _handed_through(interpret(body, (), args, inner), args, operands, through)
         return _plain(results, "the result of a rematerialized function", inner), inner.collected
 
     policy, prevent_cse = eqn.params.get("policy"), eqn.params.get("prevent_cse", True)
     results, collected = jax.checkpoint(run, policy=policy, prevent_cse=prevent_cse)(*operands)
     act.gather(collected, None)
-    return results
+    return [through.get(i, result) for i, result in enumerate(results)]
+
+
+def _handed_through(results: list[Any], inside: Sequence[Any], outside: Sequence[Any], found: dict[int, Any]) -> Any:
+    """Results without the parameters that a body returns as it got them, as NNX's do with a module; noted in found."""
+    names = {id(arg): operand for arg, operand in zip(inside, outside, strict=True) if isinstance(arg, View)}
+    found.update((i, names[id(result)]) for i, result in enumerate(results) if id(result) in names)
+    return [None if i in found else result for i, result in enumerate(results)]
 
 
 def _scan_counts(params: Any) -> tuple[int, int]:
@@ -140,16 +160,18 @@ def _scanned(eqn: Any, operands: list[Any], act: Act) -> list[Any]:
     ]
     stacked = {s.path for s in slices if isinstance(s, View)}
     inner = act.fork()
+    through: dict[int, Any] = {}
 
     def step(carry: list[Any], xs: list[Any]) -> tuple[list[Any], Any]:
         here = inner.fork()
         xs = [x.scanned() if isinstance(x, View) else x for x in xs]
         results = interpret(body.jaxpr, body.consts, [*fixed, *carry, *xs], here)
-        results = _plain(results, "a loop's result", here)
+        made = _handed_through(results[carries:], xs, slices, through)
+        results = _plain([*results[:carries], *made], "a loop's result", here)
         return results[:carries], (results[carries:], here.collected)
 
     end, (ys, collected) = jax.lax.scan(
         step, start, slices, length=p["length"], reverse=p["reverse"], unroll=p["unroll"]
     )
     act.gather(collected, stacked)
-    return [*end, *ys]
+    return [*end, *(through.get(i, y) for i, y in enumerate(ys))]

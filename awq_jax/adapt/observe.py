@@ -8,13 +8,14 @@ from typing import Any
 import jax
 from jaxtyping import Array
 
-from awq_jax._spec import SearchSpec
+from awq_jax._spec import Recipe, SearchSpec
 from awq_jax._stats import ActStats
 from awq_jax._stats import observe as observe_rows
+from awq_jax.adapt.blocks import gram_rows
 from awq_jax.adapt.padding import mask_rows
 from awq_jax.adapt.program import Apply, run
 from awq_jax.adapt.record import Recorder, merge_stats, pool_stats
-from awq_jax.adapt.table import Table
+from awq_jax.adapt.table import Table, refuse_misfits
 
 __all__ = ["merge_tree", "observe", "observing"]
 
@@ -26,7 +27,7 @@ Mask = Callable[..., Array]
 def observing(
     apply: Apply,
     table: Table,
-    search: SearchSpec = SearchSpec(),  # noqa: B008 - frozen
+    search: SearchSpec | Recipe = SearchSpec(),  # noqa: B008 - frozen
     *,
     token_mask: Mask | None = None,
 ) -> Callable[..., Any]:
@@ -38,7 +39,8 @@ def observing(
     Args:
       apply: ``apply(params, *args) -> outputs``.
       table: from `propose`; one statistic is kept where several weights read the same tensor.
-      search: decides what is kept: ``tokens_per_channel``, and histograms if a rule takes percentiles.
+      search: decides what is kept: ``tokens_per_channel``, ``gram_limit``, and histograms if a rule takes percentiles.
+        A recipe says it as its search does, and which blocks of a Gram matrix hold whole quantization groups.
       token_mask: ``token_mask(*args)`` is True where a token counts, ``[b, t]``; None counts every row. Its axes are
         looked for in those of each weight's rows, by size and in order; a model that turns ``[b, t]`` into ``[t, b]``
         with b = t can't be told from one that does not.
@@ -47,21 +49,27 @@ def observing(
       The function. Its ``stats`` are ``{path: ActStats}``, with leading axes for stacked layers and experts.
 
     Raises:
-      ValueError: a weight's rows are not made of the mask's axes, as behind a dispatch to experts; when called.
+      ValueError: when called: the parameters are not those of the table, or quantized; or a weight's rows are not made
+        of the mask's axes, as behind a dispatch to experts.
     """
+    recipe = search if isinstance(search, Recipe) else None
+    search = search.searches if isinstance(search, Recipe) else search
     histogram = any(rule.statistic == "percentile" for rule in search.rules)
+    rows_kept = gram_rows(table, search.gram_limit, recipe)
 
     def reduce(path: str, rows: Array, free: tuple[int, ...], keep: Array | None) -> ActStats | None:
         if table.source.get(path) != path:
             return None
         stride = search.stride(rows.shape[-2], rows.shape[-1])
         kept = None if keep is None else mask_rows(keep, free, path)
-        one = lambda x: observe_rows(x, kept, stride=stride, histogram=histogram)
+        block = rows_kept[path] if rows_kept[path] < table.weights[path].k else None  # a shard has fewer
+        one = lambda x: observe_rows(x, kept, stride=stride, histogram=histogram, block=block)
         for _ in rows.shape[:-2]:
             one = jax.vmap(one)
         return one(rows)
 
     def watched(params: Any, *args: Any) -> Any:
+        refuse_misfits(params, table, whole=False)
         keep = None if token_mask is None else token_mask(*args)
         recorder = Recorder(partial(reduce, keep=keep), merge_stats, pool_stats)
         outputs = run(apply, params, args, recorder)
@@ -71,8 +79,9 @@ def observing(
 
 
 def merge_tree(a: dict[str, ActStats] | None, b: dict[str, ActStats]) -> dict[str, ActStats]:
-    """Statistics of two batches joined, path by path; None is no batch yet."""
-    return b if a is None else {path: merge_stats(a[path], b[path]) for path in b}
+    """Statistics of two batches joined, path by path; a weight may be read in one of them alone. None is no batch."""
+    a = a or {}
+    return {p: merge_stats(a[p], b[p]) if p in a and p in b else (a if p in a else b)[p] for p in {**a, **b}}
 
 
 def observe(
@@ -80,7 +89,7 @@ def observe(
     params: Any,
     batches: Iterable[Any],
     table: Table,
-    search: SearchSpec = SearchSpec(),  # noqa: B008 - frozen
+    search: SearchSpec | Recipe = SearchSpec(),  # noqa: B008 - frozen
     *,
     token_mask: Mask | None = None,
 ) -> dict[str, ActStats]:
@@ -91,13 +100,15 @@ def observe(
       params: dense.
       batches: each the argument of ``apply``.
       table: from `propose`.
-      search: the one that `quantize` will use.
+      search: the one that `quantize` will use, or its recipe.
       token_mask: ``token_mask(batch)`` is True where a token counts, for example ``lambda ids: ids != pad``; see
         `observing`. The model's own attention must not look at the padding.
 
     Raises:
-      ValueError: there are no batches, or the mask does not fit the rows of a weight.
+      ValueError: there are no batches, the parameters are not those of the table, or the mask does not fit the rows of
+        a weight.
     """
+    refuse_misfits(params, table)
     watched = observing(apply, table, search, token_mask=token_mask)
     step = jax.jit(lambda params, total, batch: merge_tree(total, watched(params, batch)[1]), donate_argnums=1)
     total = None

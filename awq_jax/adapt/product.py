@@ -24,6 +24,7 @@ class Product:
       free: sizes of x's free axes.
       result: order of y's factors (mapped, free, output) that the program expects.
       shape: of the program's result.
+      dtype: of the program's result, wider than x where it asks for that (``preferred_element_type``).
     """
 
     layout: Layout
@@ -32,6 +33,7 @@ class Product:
     free: tuple[int, ...]
     result: tuple[int, ...]
     shape: tuple[int, ...]
+    dtype: Any
 
     def rows(self, x: Array) -> Array:
         """``[*batch, m, k]``."""
@@ -44,13 +46,14 @@ class Product:
         return y.reshape(sizes).transpose(self.result).reshape(self.shape)
 
 
-def product_of(view: View, x_shape: tuple[int, ...], dims: Any, *, kernel_first: bool) -> Product | None:
+def product_of(view: View, x_shape: tuple[int, ...], dims: Any, dtype: Any, *, kernel_first: bool) -> Product | None:
     """Read a `dot_general` as a product of matrices; None if the parameter has nothing to sum over or no outputs.
 
     Args:
       view: of the parameter.
       x_shape: of the other operand.
       dims: ``dimension_numbers``.
+      dtype: of the result.
       kernel_first: whether the parameter is the left operand.
     """
     contract, batch = dims
@@ -93,4 +96,5 @@ def product_of(view: View, x_shape: tuple[int, ...], dims: Any, *, kernel_first:
         free=tuple(free_sizes),
         result=result,
         shape=(*(view.shape[a] for a in w_map), *tail),
+        dtype=dtype,
     )

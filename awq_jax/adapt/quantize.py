@@ -1,25 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
 """Search, fold and round every group of a table."""
 
-from collections.abc import Iterator, Mapping
-from typing import Any, Literal
+from collections.abc import Mapping
+from typing import Any, Literal, get_args
 
-import jax
 import jax.numpy as jnp
-import numpy as np
 
 from awq_jax._pytree import pytree
 from awq_jax._search import ScaleResult
 from awq_jax._spec import QuantSpec, Recipe
 from awq_jax._stats import ActStats
-from awq_jax.adapt.coverage import Coverage
+from awq_jax.adapt.columns import spread
+from awq_jax.adapt.coverage import Coverage, coverage_of
 from awq_jax.adapt.fold import fold_instances, rows_of
 from awq_jax.adapt.kernel import QKernel, dtype_name
 from awq_jax.adapt.layout import Layout
 from awq_jax.adapt.program import flatten, unflatten
 from awq_jax.adapt.search import round_matrix, search_group
-from awq_jax.adapt.table import Instance, Table
-from awq_jax.report import GroupReport, LinearReport, method_of
+from awq_jax.adapt.table import Instance, Table, refuse_misfits
 
 __all__ = ["Outcome", "quantize", "quantize_params", "specs_of"]
 
@@ -52,6 +50,10 @@ def specs_of(table: Table, recipe: Recipe) -> dict[str, QuantSpec | None]:
         "refine": recipe.refine is not None,
         "propagate": recipe.propagate != "dense",
         "search.objective": recipe.search.objective != "gram",
+        "quant.activations": any(
+            spec is not None and spec.activations != "float"
+            for spec in (recipe.quant, *dict(recipe.overrides).values())
+        ),
     }
     for name, asked in needs_layers.items():
         if asked:
@@ -93,10 +95,14 @@ def quantize_params(
         clipping), or "scale": a searched scale kept beside the weight and applied to its input at run time.
 
     Raises:
-      ValueError: see `specs_of`; or statistics of a weight are missing.
+      ValueError: see `specs_of`; or the parameters or the statistics are not those of the table.
     """
+    if without_producer not in get_args(Without):
+        raise ValueError(f"without_producer is {without_producer!r}; use {' or '.join(map(repr, get_args(Without)))}.")
+    refuse_misfits(params, table)
     leaves, tree = flatten(params)
     specs = specs_of(table, recipe)
+    refuse_statistics(stats, table, specs)
     instances = tuple(table.instances())
     results = tuple(_search(i, leaves, stats, table, recipe, specs, without_producer) for i in instances)
     found = zip(instances, results, strict=True)
@@ -109,7 +115,7 @@ def quantize_params(
             if spec is None:
                 continue
             assert result is not None  # a quantized weight makes its group one that was searched
-            held, rows = _stats_of(path, stats, table), rows_of(instance, result.scale)
+            held, rows = stats[table.source[path]], rows_of(instance, result.scale)
             spread = rows.reshape(*rows.shape[:-1], *(1,) * (len(layout.lead) - rows.ndim + 1), rows.shape[-1])
             # From the original leaf, not the folded one: that is rounded to the leaf's dtype.
             matrix = layout.matrix(leaves[path].astype(jnp.float32)) / _columns(path, layout, instances, results)
@@ -124,21 +130,43 @@ def quantize_params(
 
 
 def _columns(path: str, layout: Layout, instances: tuple[Instance, ...], results: tuple[Any, ...]) -> Any:
-    """What a weight's columns are divided by because it absorbs another group's scale."""
+    """What a weight's columns are divided by because it absorbs scales of other groups."""
+    divisor: Any = jnp.float32(1)
     for instance, result in zip(instances, results, strict=True):
         if instance.producer == path and result is not None:
-            return result.scale.reshape(*layout.lead, 1, layout.n)
-    return jnp.float32(1)
+            wide = spread(result.scale, instance.group.columns, layout)
+            divisor *= wide.reshape(*layout.lead, 1, layout.n)
+    return divisor
 
 
-def _stats_of(path: str, stats: Mapping[str, ActStats], table: Table) -> ActStats:
-    source = table.source[path]
-    if source not in stats:
-        raise ValueError(
-            f"there are no statistics of {source!r}, which {path!r} needs; observe with the same table that is used "
-            "to quantize."
-        )
-    return stats[source]
+def refuse_statistics(stats: Mapping[str, ActStats], table: Table, specs: Mapping[str, QuantSpec | None]) -> None:
+    """Refuse statistics that are not of the inputs of a table's weights, or in blocks that split a group.
+
+    Raises:
+      ValueError: naming the weight.
+    """
+    for path, spec in specs.items():
+        source, layout = table.source[path], table.weights[path]
+        if spec is None:
+            continue
+        if source not in stats:
+            raise ValueError(
+                f"there are no statistics of {source!r}, which {path!r} needs; observe with the same table that is "
+                "used to quantize, on batches in which the weight is read."
+            )
+        held, wanted = stats[source], (*layout.lead, layout.k)
+        if held.abs_sum.shape != wanted:
+            raise ValueError(
+                f"the statistics that {path!r} needs are {held.abs_sum.shape}, not {wanted}; observe with this table."
+            )
+        if held.gram is None:
+            raise ValueError(f"the statistics that {path!r} needs hold no Gram matrix; observe with gram=True.")
+        rows, group = held.gram.shape[-1], spec.rows_per_group(layout.k, path)
+        if rows % group:
+            raise ValueError(
+                f"blocks of {rows} rows were kept of the Gram matrix of {path!r} (gram_limit), which split its groups "
+                f"of {group}: observe with the recipe that is used to quantize."
+            )
 
 
 def _search(
@@ -160,7 +188,7 @@ def _search(
         lead = len(table.lead[instance.producer])
     free = instance.producer is not None or without_producer == "scale"
     return search_group(
-        [_stats_of(path, stats, table) for path in paths],
+        [stats[table.source[path]] for path in paths],
         [layout.matrix(leaves[path]) for path, layout in zip(paths, layouts, strict=True)],
         specs=tuple(spec for path in paths if (spec := specs[path]) is not None),
         search=recipe.searches if free else recipe.searches.identity_only,
@@ -183,79 +211,4 @@ def quantize(
       The tree with `QKernel` leaves, for `serve`, and what each weight got and why.
     """
     outcome = quantize_params(params, stats, table, recipe, without_producer=without_producer)
-    specs = specs_of(table, recipe)
-    groups, linears = [], []
-    for instance, result in zip(table.instances(), outcome.results, strict=True):
-        if result is not None:
-            groups.append(_group_report(instance, result, recipe))
-        linears += _linears(instance, result, outcome.seen, specs, recipe, without_producer)
-    bits = lambda leaf: 8 * np.dtype(leaf.dtype).itemsize
-    leaves, _ = flatten(params)
-    for path, reason in table.left.items():
-        linears.append(LinearReport(path=path, method="float", reason=reason, bits=bits(leaves[path]), group_size=0))
-    size = lambda tree: sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
-    coverage = Coverage(
-        linears=tuple(linears), groups=tuple(groups), nbytes=size(outcome.params), dense_nbytes=size(params)
-    )
-    return outcome.params, coverage
-
-
-def _group_report(instance: Instance, result: ScaleResult, recipe: Recipe) -> GroupReport:
-    """Of a stack, losses are summed over its layers; the rule is the one that most of them chose."""
-    losses = np.asarray(result.losses, np.float64)
-    losses = losses.reshape(-1, losses.shape[-1])
-    winners = np.asarray(result.index).reshape(-1)
-    rules = recipe.searches.candidates if losses.shape[-1] > 1 else recipe.searches.candidates[:1]
-    rule, power, _ = rules[np.bincount(winners).argmax()]
-    total = losses.sum(0)
-    value = lambda v: float(v) if np.isfinite(v) else None
-    return GroupReport(
-        sinks=instance.sinks,
-        producer=instance.producer,
-        rule=rule.name,
-        power=power,
-        loss=value(losses.min(-1).sum()),
-        rtn_loss=value(total[0]),
-        losses=tuple(map(value, total)),
-    )
-
-
-def _linears(
-    instance: Instance,
-    result: ScaleResult | None,
-    seen: Mapping[str, Any],
-    specs: Mapping[str, QuantSpec | None],
-    recipe: Recipe,
-    without_producer: Without,
-) -> Iterator[LinearReport]:
-    for path in instance.sinks:
-        spec = specs[path]
-        if spec is None:
-            why = "left in floating point by an override"
-            yield LinearReport(path=path, method="float", reason=why, bits=32, group_size=0)
-            continue
-        assert result is not None
-        helped = np.asarray(result.index).reshape(-1) > 0
-        finite = np.isfinite(np.asarray(result.losses)[..., 0]).all()
-        notes = []
-        if not finite:
-            notes.append("its activations are not finite")
-        elif "awq" not in recipe.method:
-            notes.append(f"method {recipe.method!r} searches no scale")
-        elif instance.producer is None and without_producer == "identity":
-            notes.append(instance.group.reason or "nothing in front of it can absorb a scale")
-        elif not helped.any():
-            notes.append("no candidate was better than round to nearest")
-        elif not helped.all():
-            notes.append(f"in {int((~helped).sum())} of {helped.size} no candidate was better than round to nearest")
-        if seen[path] < 1:
-            notes.append(f"{1 - float(seen[path]):.0%} of its layers or experts saw no token")
-        yield LinearReport(
-            path=path,
-            method=method_of(
-                scaled=bool(finite and helped.any()), fed_back=bool(finite and recipe.feedback is not None)
-            ),
-            reason="; ".join(notes),
-            bits=spec.bits,
-            group_size=spec.group_size,
-        )
+    return outcome.params, coverage_of(params, outcome, stats, table, recipe, identity=without_producer == "identity")

@@ -7,9 +7,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array
 
 from awq_jax._stats import ActStats, merge
+from awq_jax.adapt.columns import Columns, Piece
 from awq_jax.adapt.layout import Layout
 from awq_jax.adapt.product import Product
 from awq_jax.adapt.views import View
@@ -26,12 +28,14 @@ class Use:
       others: names of other operations that read it.
       sources: what it is multiplied with, by identity: equal lists read the same tensors.
       stack: how many scans go along its first axes.
+      cuts: columns that the program takes apart from the others.
     """
 
     layouts: list[Layout] = dataclasses.field(default_factory=list)
     others: list[str] = dataclasses.field(default_factory=list)
     sources: list[Any] = dataclasses.field(default_factory=list)
     stack: int = 0
+    cuts: set[Columns] = dataclasses.field(default_factory=set)
 
 
 class Recorder:
@@ -41,6 +45,7 @@ class Recorder:
       reduce: ``(path, rows [*batch, m, k], sizes of the axes that m is made of) -> tree``, or None for nothing.
       merge: joins two such trees of one weight.
       pool: joins the first axis of a tree: a weight that all turns of a loop share.
+      cuts: follow each kernel's outputs to where the program cuts them.
     """
 
     def __init__(
@@ -48,24 +53,29 @@ class Recorder:
         reduce: Callable[[str, Array, tuple[int, ...]], Any] | None = None,
         merge: Callable[[Any, Any], Any] | None = None,
         pool: Callable[[Any], Any] | None = None,
+        *,
+        cuts: bool = False,
     ) -> None:
-        self.reduce, self.merge, self.pool = reduce, merge, pool
+        self.reduce, self.merge, self.pool, self.cuts = reduce, merge, pool, cuts
         self.collected: dict[str, Any] = {}
         self.uses: dict[str, Use] = {}
         self._alive: list[Any] = []  # an id is unique only while its object lives
 
     def fork(self) -> "Recorder":
         """Shares the uses."""
-        other = Recorder(self.reduce, self.merge, self.pool)
+        other = Recorder(self.reduce, self.merge, self.pool, cuts=self.cuts)
         other.uses, other._alive = self.uses, self._alive
         return other
 
+    def produced(self, view: View, product: Product, y: Any) -> Any:
+        """A piece of the program's data, where cuts are looked for."""
+        return Piece.of(view.path, product, y, self.uses[view.path].cuts) if self.cuts and y.size else y
+
     def product(self, view: View, product: Product, x: Any, usual: Callable[[], Any]) -> Any:
         """Note the layout, reduce the rows."""
-        use = self.uses.setdefault(view.path, Use())
+        use = self._use(view)
         use.layouts.append(product.layout)
         use.sources.append((id(x), product.x_order, product.x_shape))
-        use.stack = len(view.stack)
         self._alive.append(x)
         if self.reduce is not None:
             self._add(view.path, self.reduce(view.path, product.rows(x), product.free))
@@ -73,10 +83,18 @@ class Recorder:
 
     def other(self, view: View, primitive: str) -> Any:
         """Note the operation."""
-        use = self.uses.setdefault(view.path, Use())
-        use.others.append(primitive)
-        use.stack = len(view.stack)
+        self._use(view).others.append(primitive)
         return view.value
+
+    def _use(self, view: View) -> Use:
+        if view.value is None:
+            raise ValueError(
+                f"{view.path!r} is quantized already, and what its program does is looked for in dense weights, as "
+                "awq_jax.train.merge_adapters(params, {}) makes them."
+            )
+        use = self.uses.setdefault(view.path, Use())
+        use.stack = len(view.stack)
+        return use
 
     def gather(self, collected: dict[str, Any], scanned: set[str] | None) -> None:
         """Weights that are not sliced by the loop are pooled over its turns."""
@@ -112,7 +130,12 @@ class Server:
                 f"program multiplies by {wanted.describe()}, axes {wanted.order} of {wanted.factors}. Propose and "
                 "quantize with the function that is served."
             )
-        return product.restore(view.weight.contract(product.rows(x)))
+        wide = np.promote_types(x.dtype, product.dtype)  # products return the dtype of x
+        return product.restore(view.weight.contract(product.rows(x).astype(wide)))
+
+    def produced(self, view: View, product: Product, y: Any) -> Any:
+        """As it is."""
+        return y
 
     def other(self, view: View, primitive: str) -> Any:
         """A dense parameter; a quantized one can only be multiplied by."""

@@ -3,6 +3,7 @@
 
 import dataclasses
 import math
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import jax
@@ -11,7 +12,7 @@ import numpy as np
 
 from awq_jax.adapt.layout import Layout, refine
 
-__all__ = ["View", "follow"]
+__all__ = ["View", "follow", "group_axes"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,12 +132,22 @@ def _reshaped(view: View, new: tuple[int, ...], value: Any) -> View | None:
         parts = cut.get(f, [size])
         ids[f] = tuple(range(len(factors), len(factors) + len(parts)))
         factors += parts
-    flat = [i for f in order for i in ids[f]]
+    axes = group_axes(factors, [i for f in order for i in ids[f]], new)
+    stack = tuple(i for f in view.stack for i in ids[f])
+    return dataclasses.replace(view, value=value, factors=tuple(factors), stack=stack, axes=axes)
+
+
+def group_axes(factors: Sequence[int], order: Iterable[int], shape: Sequence[int]) -> tuple[tuple[int, ...], ...]:
+    """Which factors make up each axis of a shape, where they lie in ``order``; those of size 1 belong to none.
+
+    >>> group_axes((2, 1, 3, 4), range(4), (6, 4))
+    ((0, 2), (3,))
+    """
+    rest = [i for i in order if factors[i] != 1]
     axes: list[tuple[int, ...]] = []
-    for size in new:
+    for size in shape:
         axis: list[int] = []
         while math.prod(factors[i] for i in axis) < size:
-            axis.append(flat.pop(0))
+            axis.append(rest.pop(0))
         axes.append(tuple(axis))
-    stack = tuple(i for f in view.stack for i in ids[f])
-    return dataclasses.replace(view, value=value, factors=tuple(factors), stack=stack, axes=tuple(axes))
+    return tuple(axes)

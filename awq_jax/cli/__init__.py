@@ -77,6 +77,9 @@ def _message(error: BaseException) -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; 0 success, 1 it failed while working, 2 the arguments or the input are wrong, 130 interrupted."""
     code = _run(argv)
+    if code == 130 and argv is None:  # this is the program: what XLA still computes crashes at the interpreter's end
+        sys.stderr.flush()
+        os._exit(code)
     hosts = sys.modules.get("awq_jax.hosts")  # imports jax, which `awq-jax --help` does without
     return hosts.leave(code) if hosts else code
 

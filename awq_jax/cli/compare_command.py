@@ -6,6 +6,7 @@ OUT gets comparison.html, which needs nothing but a browser, the same as JSON an
 
   awq-jax compare Llama-3.2-1B compared --calib my_text.txt --text held_out.txt
   awq-jax compare SRC OUT --methods minmax,awq+gptq --bits 4,3
+  awq-jax compare SRC OUT --methods smoothquant
 """
 
 import argparse
@@ -19,7 +20,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("src", type=pathlib.Path, metavar="SRC", help="dense Hugging Face directory")
     add("out", type=pathlib.Path, metavar="OUT", help="directory to write; must not exist, or see --overwrite")
-    add("--methods", default="minmax,awq,gptq,awq+gptq", metavar="M,…", help="methods (%(default)s)")
+    add(
+        "--methods",
+        default="minmax,awq,gptq,awq+gptq",
+        metavar="M,…",
+        help="methods (%(default)s); smoothquant is W8A8 alone",
+    )
     add("--bits", default="4,3", metavar="B,…", help="widths (%(default)s)")
     add("--group-size", type=int, default=128, metavar="G", help="rows that share a scale (%(default)s)")
     add("--symmetric", action="store_true", help="no zero points")

@@ -38,6 +38,15 @@ def show(found: DryRun, about: dict[str, str], *, as_json: bool) -> None:
         )
     console = Console()
     console.print(table)
+    if found.budget is not None:
+        from awq_jax.pages.bits import bits_by_layer, bits_in_words
+
+        head, rows = bits_by_layer(found.budget)
+        widths = Table(*head, title="bits", title_justify="left")
+        for row in rows:
+            widths.add_row(*row)
+        console.print(widths)
+        console.print(f"bits: {bits_in_words(found.budget)}", highlight=False, soft_wrap=True)
     lines = {
         "tensors": f"{found.bytes_before / 1e9:.3f} GB -> {found.bytes_after / 1e9:.3f} GB",
         "disk needed": f"{found.disk_bytes / 1e9:.3f} GB, what is kept to resume from included",

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Quantize a Hugging Face checkpoint to INT4.
+"""Quantize a Hugging Face checkpoint to INT4, or to INT8 with int8 activations.
 
 Reads SRC layer by layer, measures its activations on the calibration text, searches the scales that protect the
 weights that matter, folds them into the model and writes OUT, which vLLM, transformers and awq-jax load. OUT appears
@@ -7,6 +7,7 @@ only when it is complete; SRC is never changed. A run that was killed goes on wh
 
   awq-jax quantize Llama-3.2-1B Llama-3.2-1B-int4 --calib my_text.txt
   awq-jax quantize SRC OUT --bits 3 --override 'layers/0/*=float'
+  awq-jax quantize SRC OUT --method smoothquant
 """
 
 import argparse
@@ -42,15 +43,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--samples", type=int, default=128, metavar="N", help="calibration samples (%(default)s)")
     add("--seq-len", type=int, default=512, metavar="T", help="tokens of a sample (%(default)s)")
     add("--batch", type=int, default=8, metavar="B", help="samples that go through a layer together (%(default)s)")
-    add("--bits", type=int, default=4, choices=(2, 3, 4), help="width of a code (%(default)s)")
+    add("--bits", type=int, choices=(2, 3, 4, 8), help="width of a code (4; 8 with smoothquant)")
+    add(
+        "--budget",
+        type=float,
+        metavar="BITS",
+        help="instead of --bits: mean bits of a weight at most, scales and zeros included; each group of each layer "
+        "gets the width that costs the model least",
+    )
     add(
         "--group-size",
         type=int,
-        default=128,
         metavar="G",
-        help="rows that share a scale; -1 whole columns (%(default)s)",
+        help="rows that share a scale; -1 whole columns (128; -1 with smoothquant)",
     )
-    add("--symmetric", action="store_true", help="no zero points")
+    add("--symmetric", action="store_true", help="no zero points (always so with smoothquant)")
     add(
         "--scale-dtype",
         choices=("float16", "bfloat16", "float32"),
@@ -58,16 +65,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add(
         "--method",
-        choices=("minmax", "awq", "gptq", "awq+gptq"),
+        choices=("minmax", "awq", "gptq", "awq+gptq", "smoothquant"),
         default="awq",
         help="minmax: round to nearest; awq: searched scales and thresholds; gptq: rounding with error feedback; "
-        "awq+gptq: both (%(default)s)",
+        "awq+gptq: both; smoothquant: 8-bit weights and int8 activations, scales searched for both (%(default)s)",
     )
+    add(
+        "--activations",
+        choices=("float", "token", "tensor"),
+        help="what multiplies weights: activations as they come, or rounded to int8 with a step for each token, or "
+        "with one from the calibration text (float; token with smoothquant)",
+    )
+    add("--alpha", type=float, metavar="A", help="of smoothquant, 0 to 1: this exponent alone (searched in each group)")
     add(
         "--rules",
         default="paper,duo",
         metavar="R,…",
-        help="scale rules that compete with identity: paper, duo, article, article-literal; "
+        help="scale rules of awq that compete with identity: paper, duo, smoothquant, article, article-literal; "
         "identity alone rounds to nearest (%(default)s)",
     )
     add("--grid", type=int, default=20, metavar="N", help="candidates of each rule (%(default)s)")
@@ -111,7 +125,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--format",
         choices=("auto", "autoawq", "compressed-tensors", "native"),
         default="auto",
-        help="auto: autoawq for 4 bits, else native",
+        help="auto: autoawq for --bits 4, compressed-tensors for int8 activations, else native",
     )
     add_family(parser)
     add("--overwrite", action="store_true", help="replace OUT if it exists")
@@ -149,6 +163,16 @@ def _override(text: str, base: "QuantSpec") -> "tuple[str, QuantSpec | None]":
     return glob, dataclasses.replace(base, **changes)
 
 
+def _activations(args: argparse.Namespace) -> str:
+    """What multiplies weights, and refusals of options that say nothing without it."""
+    found = args.activations or ("token" if args.method == "smoothquant" else "float")
+    if args.alpha is not None and args.method != "smoothquant":
+        raise ValueError(f"--alpha belongs to --method smoothquant, not to {args.method}. Leave it out.")
+    if args.budget is not None and found != "float":
+        raise ValueError("--budget chooses widths, and what multiplies int8 activations has 8 bits. Leave it out.")
+    return found
+
+
 def _scale_dtype(args: argparse.Namespace, fmt: str) -> str:
     """Loaders of compressed-tensors keep scales in the model's dtype: codes are rounded against that."""
     from awq_jax_convert.hf_config import read_config
@@ -159,10 +183,16 @@ def _scale_dtype(args: argparse.Namespace, fmt: str) -> str:
 
 
 def _recipe(args: argparse.Namespace, fmt: str) -> "Recipe":
-    from awq_jax._spec import QuantSpec, Recipe, RefineSpec, SearchSpec, rule
+    from awq_jax._spec import QuantSpec, Recipe, RefineSpec, SearchSpec, SmoothSpec, rule
 
+    inputs = _activations(args)
+    whole = QuantSpec() if inputs == "float" else QuantSpec.w8a8()
     quant = QuantSpec(
-        bits=args.bits, group_size=args.group_size, symmetric=args.symmetric, scale_dtype=_scale_dtype(args, fmt)
+        bits=args.bits or whole.bits,
+        group_size=whole.group_size if args.group_size is None else args.group_size,
+        symmetric=args.symmetric or whole.symmetric,
+        scale_dtype=_scale_dtype(args, fmt),
+        activations=inputs,
     )
     rules = tuple(rule(name.strip(), n_grid=args.grid) for name in args.rules.split(","))
     clip = () if args.no_clip else SearchSpec().clip_ratios
@@ -170,6 +200,7 @@ def _recipe(args: argparse.Namespace, fmt: str) -> "Recipe":
     return Recipe(
         quant=quant,
         method=args.method,
+        smooth=SmoothSpec() if args.alpha is None else SmoothSpec(alphas=(args.alpha,)),
         propagate=args.propagate,
         refine=RefineSpec(steps=args.refine) if args.refine else None,
         search=SearchSpec(rules=rules, objective=args.objective, clip_ratios=clip, gram_limit=limit),
@@ -193,13 +224,15 @@ def _summary(report: "Report", out: pathlib.Path) -> None:
 
     console = Console(stderr=True, soft_wrap=True)  # a log keeps its lines whole
     table = Table(title=escape(str(out)), title_justify="left")
-    for column in ("layer", "group", "rule", "loss / round-to-nearest"):
+    bits = {linear.path: str(linear.bits) for layer in report.layers for linear in layer.linears}
+    for column in ("layer", "group", "bits", "rule", "loss / round-to-nearest"):
         table.add_column(column)
     for layer in report.layers:
         for group in layer.groups:
             names = ", ".join(path.split("/", 2)[2] for path in group.sinks)
             chosen = f"{group.rule} {group.power:.2f}" if group.rule != "identity" else "identity"
-            table.add_row(str(layer.index), names, chosen, "-" if group.gain is None else f"{group.gain:.3f}")
+            widths = ", ".join(dict.fromkeys(bits[path] for path in group.sinks))
+            table.add_row(str(layer.index), names, widths, chosen, "-" if group.gain is None else f"{group.gain:.3f}")
     console.print(table)
     for layer in report.layers:
         if layer.fell_back:
@@ -217,8 +250,13 @@ def _summary(report: "Report", out: pathlib.Path) -> None:
         console.print(f"{report.resumed_layers} layers were finished by an earlier run")
     size = f"{report.bytes_before / 1e6:.1f} MB -> {report.bytes_after / 1e6:.1f} MB"
     took = ", ".join(f"{name} {value:.1f} s" for name, value in report.seconds.items())
-    console.print(f"{size}; {took}; peak memory {report.peak_memory_bytes / 1e9:.2f} GB")
+    device = f", on the device {report.peak_device_bytes / 1e9:.2f} GB" if report.peak_device_bytes else ""
+    console.print(f"{size}; {took}; peak memory {report.peak_memory_bytes / 1e9:.2f} GB{device}")
     console.print(f"weights: {report.covered}")
+    if report.budget is not None:
+        from awq_jax.pages.bits import bits_in_words
+
+        console.print(f"bits: {bits_in_words(report.budget)}")
 
 
 @contextlib.contextmanager
@@ -258,6 +296,7 @@ def _dry_run(args: argparse.Namespace, recipe: "Recipe", fmt: str, about: dict[s
         overwrite=args.overwrite,
         resume=args.resume,
         mesh=parse_mesh(args.mesh) if args.mesh else None,
+        budget=args.budget,
     )
     show(found, about, as_json=args.json)
     refuse_output(args.out, args.resume, overwrite=args.overwrite, expected_bytes=found.disk_bytes)
@@ -265,7 +304,12 @@ def _dry_run(args: argparse.Namespace, recipe: "Recipe", fmt: str, about: dict[s
 
 def run(args: argparse.Namespace) -> int:
     """Quantize."""
-    fmt = args.format if args.format != "auto" else ("autoawq" if args.bits == 4 else "native")
+    if args.budget is not None and args.bits is not None:
+        raise ValueError("--budget chooses the widths, so it does not go with --bits. Leave one of them out.")
+    plain = args.budget is None and args.bits in (None, 4)
+    fmt = args.format
+    if fmt == "auto":
+        fmt = "compressed-tensors" if _activations(args) != "float" else "autoawq" if plain else "native"
     recipe = _recipe(args, fmt)
     about = {"src": str(args.src), "out": str(args.out), "format": fmt}
     if args.dry_run:
@@ -302,10 +346,18 @@ def run(args: argparse.Namespace) -> int:
             if layer.index + 1 < layers:  # the last one only needs its name
                 stop.between()
 
+        def tried(done: int, layers: int) -> None:
+            said = f"layer {done - 1}: every width was tried"
+            bar.update(task, total=layers, completed=done, description=said)
+            if not sys.stderr.isatty():
+                console.print(f"{done}/{layers} {said}")
+            stop.between()
+
         report = quantize_checkpoint(
             args.src,
             args.out,
             recipe=recipe,
+            budget=args.budget,
             calib=args.calib,
             samples=args.samples,
             seq_len=args.seq_len,
@@ -318,6 +370,7 @@ def run(args: argparse.Namespace) -> int:
             family=args.family,
             host_timeout=args.host_timeout,
             progress=advance,
+            measuring=tried,
         )
     if not args.quiet:
         _summary(report, args.out)

@@ -15,18 +15,23 @@ HEAD = ("weights", "method", "KL to dense", "over nearest", "perplexity", "same 
 Row = Mapping[str, Any]
 
 
+def _form(row: Row) -> str:
+    """A number format's name."""
+    return f"INT{row['bits']}" if row.get("activations", "float") == "float" else "W8A8"
+
+
 def table_rows(rows: Sequence[Row]) -> list[tuple[str, ...]]:
     """Cells of each row under `HEAD`.
 
     Args:
-      rows: plain data of `awq_jax.compare.Compared`; KL is also shown over that of "minmax" with the same bits.
+      rows: plain data of `awq_jax.compare.Compared`; KL is also shown over that of "minmax" with the same format.
     """
-    nearest = {row["bits"]: row["kl"] for row in rows if row["method"] == "minmax"}
+    nearest = {_form(row): row["kl"] for row in rows if row["method"] == "minmax"}
 
     def cells(row: Row) -> tuple[str, ...]:
-        base, dense = nearest.get(row["bits"]), row["method"] == "dense"
+        base, dense = nearest.get(_form(row)), row["method"] == "dense"
         return (
-            "dense" if dense else f"INT{row['bits']}",
+            "dense" if dense else _form(row),
             "" if dense else row["method"],
             "0" if dense else f"{row['kl']:.4f}",
             f"{row['kl'] / base:.2f}" if base else "–",
@@ -48,23 +53,22 @@ def comparison_page(name: str, rows: Sequence[Row], text: str) -> str:
       text: what was measured on, in words.
     """
     dense, runs = rows[0], rows[1:]
-    methods, widths = (list(dict.fromkeys(row[column] for row in runs)) for column in ("method", "bits"))
-    best = {min((row for row in runs if row["bits"] == bits), key=lambda row: row["kl"])["kl"] for bits in widths}
-    found = {(row["bits"], row["method"]): row for row in runs}
+    methods, forms = list(dict.fromkeys(row["method"] for row in runs)), list(dict.fromkeys(map(_form, runs)))
+    found = {(_form(row), row["method"]): row for row in runs}
     colours = {method: i for i, method in enumerate(methods)}
     keys = key([(f"k{i}", method) for method, i in colours.items()])
     kl = bars(
-        [f"INT{bits}" for bits in widths],
-        [Series(m, [found[bits, m]["kl"] if (bits, m) in found else None for bits in widths]) for m in methods],
+        forms,
+        [Series(m, [found[form, m]["kl"] if (form, m) in found else None for form in forms]) for m in methods],
         label="KL divergence from the dense model",
     )
-    lowest = [next(row for row in runs if row["bits"] == bits and row["kl"] in best) for bits in widths]
+    lowest = [min((row for row in runs if _form(row) == form), key=lambda row: row["kl"]) for form in forms]
     body = [
         tiles(
             [
                 (f"{dense['perplexity']:.2f}", "perplexity of the dense model"),
                 (f"{dense['nbytes'] / 1e6:.1f} MB", "its tensors"),
-                *((f"{row['kl']:.4f}", f"lowest KL at INT{row['bits']}: {row['method']}") for row in lowest),
+                *((f"{row['kl']:.4f}", f"lowest KL at {_form(row)}: {row['method']}") for row in lowest),
             ]
         ),
         f"<h2>KL divergence from the dense model</h2><p>Nats a token, on {escape(text)}. Lower is better.</p>",
@@ -73,9 +77,10 @@ def comparison_page(name: str, rows: Sequence[Row], text: str) -> str:
         "<h2>Output error by layer</h2><p>Squared error of what a layer adds to the stream, over the square of what it "
         "adds, on the calibration text.</p>",
     ]
-    for bits in widths:
-        series = [Series(m, found[bits, m]["layers"]) for m in methods if (bits, m) in found]
+    for form in forms:
+        series = [Series(m, found[form, m]["layers"]) for m in methods if (form, m) in found]
         names = [str(i) for i in range(len(series[0].values))]
-        chart = bars(names, series, label=f"output error by layer, INT{bits}")
-        body.append(f'<div class="card"><h3>INT{bits}</h3>{keys}{chart}</div>')
+        chart = bars(names, series, label=f"output error by layer, {form}")
+        here = key([(f"k{i}", one.name) for i, one in enumerate(series)])  # not every format has every method
+        body.append(f'<div class="card"><h3>{form}</h3>{here}{chart}</div>')
     return document(name, "Methods compared on one model, one calibration text and one held-out text.", body)

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from html import escape
 from typing import Any
 
+from awq_jax.pages.bits import bits_in_words, bits_tables
 from awq_jax.pages.charts import Series, bars, curves, stems
 from awq_jax.pages.frame import document, key, table, tiles
 
@@ -15,15 +16,18 @@ Data = Mapping[str, Any]
 _FAR = 8.0  # times the median: channels that stand out, however many they are
 
 
-def recipe_in_words(recipe: Data) -> str:
-    """Format and method of a recipe's plain data, in one line."""
+def recipe_in_words(recipe: Data, budget: Data | None = None) -> str:
+    """Format and method of a recipe's plain data, in one line; with a budget, what was chosen instead of a width."""
     quant = recipe["quant"]
     group = "whole columns" if quant["group_size"] == -1 else f"groups of {quant['group_size']}"
     kind = "symmetric" if quant["symmetric"] else "asymmetric"
     moved = ", on the quantized model's inputs" if recipe.get("propagate") == "quantized" else ""
     refine = recipe.get("refine")
     trained = f", refined in {refine['steps']} steps" if refine else ""
-    return f"INT{quant['bits']}, {kind}, {group}, method {recipe.get('method', 'awq')}{moved}{trained}"
+    width = f"INT{quant['bits']}" if budget is None else f"{budget['mean']:.4g} bits a weight"
+    inputs = {"token": ", int8 activations by token", "tensor": ", int8 activations with a static step"}
+    rounded = inputs.get(quant.get("activations", "float"), "")
+    return f"{width}, {kind}, {group}{rounded}, method {recipe.get('method', 'awq')}{moved}{trained}"
 
 
 def _ratio(value: float | None, base: float | None) -> float | None:
@@ -34,11 +38,19 @@ def _shown(value: float | None, digits: int = 3) -> str:
     return "–" if value is None else f"{value:.{digits}f}"
 
 
+def _rules(recipe: Data) -> Sequence[Data]:
+    """Whose candidates competed."""
+    method = recipe.get("method", "awq")
+    if method == "smoothquant":
+        return [{"name": method, "powers": [(alpha, 1 - alpha) for alpha in recipe["smooth"]["alphas"]]}]
+    return recipe["search"]["rules"] if "awq" in method else []
+
+
 def _lines(group: Data, recipe: Data) -> list[tuple[str, list[float], list[float | None]]]:
     """Loss over round to nearest's by exponent, one line for each rule that competed."""
     losses, base = group["losses"], group["rtn_loss"]
     lines, start = [], 1  # identity comes first
-    for rule in recipe["search"]["rules"] if len(losses) > 1 else ():
+    for rule in _rules(recipe) if len(losses) > 1 else ():
         if rule["name"] == "identity":
             continue
         powers = [pair[0] for pair in rule["powers"]]
@@ -85,8 +97,8 @@ def _group(group: Data, recipe: Data) -> str:
 
 def _layers(report: Data) -> Iterator[str]:
     recipe = report["recipe"]
-    rules = [rule["name"] for rule in recipe["search"]["rules"] if rule["name"] != "identity"]
-    if "awq" in recipe.get("method", "awq") and rules:
+    rules = [rule["name"] for rule in _rules(recipe) if rule["name"] != "identity"]
+    if rules:
         yield key([(f"kl{i % 3}", f"loss of rule {name} by exponent") for i, name in enumerate(rules)])
     stands = ("k1", "of a salient one")
     yield key([("kst", "mean |x| of a channel"), stands, ("kl1", "scale"), ("kl2", "mean |w|; each over its median")])
@@ -124,6 +136,12 @@ def _reasons(report: Data) -> str:
     return table(("the first such weight", "weights", "reason"), rows)
 
 
+def _chosen(budget: Data | None) -> Iterator[str]:
+    if budget is not None:
+        yield f"<h2>Bits</h2><p>Chosen by group and layer: {escape(bits_in_words(budget))}.</p>"
+        yield from bits_tables(budget)
+
+
 def quantization_page(name: str, report: Data, *, measured: Sequence[tuple[str, str]] = ()) -> str:
     """HTML of one quantization.
 
@@ -132,7 +150,7 @@ def quantization_page(name: str, report: Data, *, measured: Sequence[tuple[str, 
       report: `Report.to_dict()`.
       measured: more (value, what it is) tiles, for example perplexity.
     """
-    layers, recipe = report["layers"], report["recipe"]
+    layers, recipe, budget = report["layers"], report["recipe"], report.get("budget")
     before, after = report["bytes_before"], report["bytes_after"]
     ratios = [r for layer in layers if (r := _ratio(layer["error"], layer["rtn_error"])) is not None]
     mean = sum(ratios) / len(ratios) if ratios else None
@@ -154,6 +172,7 @@ def quantization_page(name: str, report: Data, *, measured: Sequence[tuple[str, 
         "<h2>Output error by layer</h2><p>Squared error of what a layer adds to the stream, over the square of what it "
         "adds, on the calibration text.</p>",
         _errors(layers),
+        *_chosen(budget),
         "<h2>Groups</h2><p>Linears that read one input share a scale. The curves show the loss of every exponent over "
         "that of round to nearest (dashed, 1), and the ring what was chosen; stems show the input's channels. “scale” "
         "is the loss of the chosen scale, “written” what is left after clipping and rounding.</p>",
@@ -164,7 +183,7 @@ def quantization_page(name: str, report: Data, *, measured: Sequence[tuple[str, 
         table(
             ("", ""),
             [
-                ("recipe", recipe_in_words(recipe)),
+                ("recipe", recipe_in_words(recipe, budget)),
                 ("weights", covered),
                 (
                     "calibration",
@@ -177,4 +196,4 @@ def quantization_page(name: str, report: Data, *, measured: Sequence[tuple[str, 
             ],
         ),
     ]
-    return document(name, escape(recipe_in_words(recipe)), body)
+    return document(name, escape(recipe_in_words(recipe, budget)), body)

@@ -12,7 +12,7 @@ from awq_jax.report import GroupReport, LayerReport, LinearReport
 
 __all__ = ["from_tensors", "report_of", "to_tensors"]
 
-_PARTS = ("packed", "scale", "zero")
+_PARTS = ("packed", "scale", "zero", "input_scale")
 
 
 def to_tensors(tree: Mapping[str, Any]) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
@@ -29,7 +29,7 @@ def to_tensors(tree: Mapping[str, Any]) -> tuple[dict[str, np.ndarray], dict[str
         tensors |= {f"{path}:{part}": array for part, array in arrays.items()}
         described[path] = {"dtypes": {part: str(array.dtype) for part, array in arrays.items()}}
         if isinstance(leaf, QTensor):
-            described[path]["bits"] = leaf.bits
+            described[path] |= {"bits": leaf.bits, "activations": leaf.activations}
     return tensors, described
 
 
@@ -42,7 +42,8 @@ def from_tensors(tensors: Mapping[str, np.ndarray], described: Mapping[str, Any]
         *parents, leaf = path.split("/")
         for key in parents:
             node = node.setdefault(key, {})
-        node[leaf] = QTensor(**arrays, bits=row["bits"]) if "bits" in row else arrays[""]
+        static = {"bits": row["bits"], "activations": row["activations"]} if "bits" in row else None
+        node[leaf] = QTensor(**arrays, **static) if static else arrays[""]
     return tree
 
 

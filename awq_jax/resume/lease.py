@@ -28,8 +28,9 @@ def _boot() -> str:
         return socket.gethostname()
 
 
-def _busy(path: Path, holder: str) -> BlockingIOError:
-    said = f"another process writes this output ({holder}); wait, or choose another"
+def _busy(path: Path, holder: str | None) -> BlockingIOError:
+    who = f" ({holder})" if holder else ""  # who has just come has not said yet
+    said = f"another process writes this output{who}; wait, or choose another"
     return BlockingIOError(errno.EWOULDBLOCK, said, str(path.parent))
 
 
@@ -47,7 +48,7 @@ class Lease:
         """
         found = _read(self._path)
         if found.get("token") != self._token:
-            raise _busy(self._path, str(found.get("holder")))
+            raise _busy(self._path, found.get("holder"))
 
 
 def _read(path: Path) -> dict[str, str]:
@@ -68,7 +69,7 @@ def _await_silence(path: Path) -> None:
     while time.monotonic() < deadline:
         time.sleep(_BEAT_S / 4)
         if os.stat(path).st_mtime_ns != seen:
-            raise _busy(path, str(_read(path).get("holder")))
+            raise _busy(path, _read(path).get("holder"))
 
 
 def _locked(path: Path) -> int:
@@ -83,7 +84,7 @@ def _locked(path: Path) -> int:
             pass
         except BlockingIOError:
             os.close(fd)
-            raise _busy(path, str(_read(path).get("holder"))) from None
+            raise _busy(path, _read(path).get("holder")) from None
         except OSError:
             os.close(fd)
             raise

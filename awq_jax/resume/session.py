@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from awq_jax._publish import refuse_existing, refuse_lack_of_room, rename, sync_directory, write_bytes
+from awq_jax._publish import beside, refuse_existing, refuse_lack_of_room, rename, sync_directory, write_bytes
 from awq_jax.report import LayerReport
 from awq_jax.resume.layers import from_tensors, report_of, to_tensors
 from awq_jax.resume.lease import Lease, leased
@@ -47,8 +47,7 @@ def store_of(out: str | os.PathLike[str]) -> Path:
     >>> store_of("/data/model-int4").as_posix()
     '/data/.model-int4.resume'
     """
-    target = Path(os.path.abspath(out))
-    return target.with_name(f".{target.name}.resume")
+    return beside(out, "resume")
 
 
 class Session:

@@ -8,6 +8,7 @@ from awq_jax.train.lora import merge_adapters as merge_adapters
 from awq_jax.train.qat import fake_quantized as fake_quantized
 from awq_jax.train.qat import learned as learned
 from awq_jax.train.qat import learned_scales as learned_scales
+from awq_jax.train.split import apply_updates as apply_updates
 from awq_jax.train.split import combine as combine
 from awq_jax.train.split import frozen_mask as frozen_mask
 from awq_jax.train.split import split as split

@@ -4,6 +4,7 @@
 Forward, a kernel is what its codes stand for; backward, rounding counts as the identity.
 """
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -34,10 +35,16 @@ def fake_quantized(params: Any, weights: Mapping[str, Layout], spec: QuantSpec =
       params: dense, trained.
       weights: layouts of the kernels to round, from `awq_jax.adapt.find_weights` or a `Table`.
       spec: number format.
+
+    Raises:
+      ValueError: a layout's path is none of the parameters, or the group size does not divide its contraction.
     """
     leaves, tree = flatten(params)
     out = dict(leaves)
     for path, layout in weights.items():
+        if path not in leaves:
+            raise ValueError(f"{path!r} is not among the parameters {', '.join(list(leaves)[:4])}, ….")
+        spec.rows_per_group(layout.k, path)
         matrix = layout.matrix(leaves[path].astype(jnp.float32))
         out[path] = layout.kernel(_straight_through(matrix, spec)).astype(leaves[path].dtype)
     return unflatten(tree, out)
@@ -73,7 +80,7 @@ def learned(params: Any, scales: Mapping[str, Array], *, store: bool = False) ->
 
 
 def _replace(weight: Any, scale: Array) -> Any:
-    return type(weight)(packed=weight.packed, scale=scale, zero=weight.zero, bits=weight.bits)
+    return dataclasses.replace(weight, scale=scale)
 
 
 def _with_weight(kernel: QKernel, weight: Any) -> QKernel:

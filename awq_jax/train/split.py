@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from awq_jax.adapt.kernel import is_kernel
 
-__all__ = ["combine", "frozen_mask", "split"]
+__all__ = ["apply_updates", "combine", "frozen_mask", "split"]
 
 
 def frozen_mask(params: Any) -> Any:
@@ -48,3 +48,16 @@ def split(params: Any, trained: Callable[[str], bool] = lambda path: True) -> tu
 def combine(trained: Any, frozen: Any) -> Any:
     """Inverse of `split`."""
     return jax.tree.map(lambda a, b: b if a is None else a, trained, frozen, is_leaf=lambda leaf: leaf is None)
+
+
+def apply_updates(params: Any, updates: Any) -> Any:
+    """`optax.apply_updates` for a mixed tree: what has no gradient, the codes, stays as it is.
+
+    `optax.masked` hands the float0 gradients of codes through, and nothing can be added to those.
+
+    Args:
+      params: mixed tree.
+      updates: the same tree; leaves of dtype float0 are no updates.
+    """
+    frozen = lambda update: update.dtype == jax.dtypes.float0
+    return jax.tree.map(lambda leaf, u: leaf if frozen(u) else (leaf + u).astype(leaf.dtype), params, updates)

@@ -8,7 +8,9 @@ from awq_jax_convert.autoawq import AutoAWQ
 from awq_jax_convert.awq_gemv import AWQFast, AWQGemv
 from awq_jax_convert.codec import Codec
 from awq_jax_convert.compressed_tensors import CompressedTensors
+from awq_jax_convert.compressed_tensors_config import INTS
 from awq_jax_convert.gptq import GPTQ
+from awq_jax_convert.int_quantized import IntQuantized
 from awq_jax_convert.modelopt import ModelOpt
 
 __all__ = ["codec_of"]
@@ -26,9 +28,14 @@ def _awq(config: Mapping[str, Any]) -> Codec:
     return AWQFast(found.group_size) if fast else AWQGemv(found.group_size)
 
 
+def _compressed_tensors(config: Mapping[str, Any]) -> Codec:
+    """Its two forms: packed words, and bytes."""
+    return (IntQuantized if config.get("format") == INTS else CompressedTensors).from_config(config)
+
+
 _FORMATS: dict[str, Callable[[Mapping[str, Any]], Codec]] = {
     "awq": _awq,
-    "compressed-tensors": CompressedTensors.from_config,
+    "compressed-tensors": _compressed_tensors,
     "gptq": GPTQ.from_config,
     "modelopt": ModelOpt.from_config,
 }

@@ -15,7 +15,7 @@ import numpy as np
 
 from awq_jax._qtensor import QTensor
 from awq_jax_convert.codec import refuse_damaged_scales
-from awq_jax_convert.compressed_tensors_config import ConfigGroup, groups_of, read_groups, to_config
+from awq_jax_convert.compressed_tensors_config import ConfigGroup, groups_of, read_groups, scheme_of, to_config
 from awq_jax_convert.safetensors_dir import TensorMeta
 from awq_jax_convert.safetensors_header import FLOATS
 from awq_jax_convert.scheme import Scheme
@@ -130,12 +130,7 @@ class CompressedTensors:
         Raises:
           ValueError: no target matches it.
         """
-        if len(self.groups) == 1:
-            return self.groups[0].scheme
-        ranked = [(rank, group.scheme) for group in self.groups if (rank := group.rank(name)) is not None]
-        if not ranked:
-            raise ValueError(f"{name!r} is quantized, but no target of quantization_config matches it.")
-        return min(ranked)[1]
+        return scheme_of(self.groups, name)
 
     def shape(self, name: str, metas: Mapping[str, TensorMeta]) -> tuple[int, int]:
         """``(k, n)`` of a linear from its tensors' headers.

@@ -1,19 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``quantization_config`` of compressed-tensors: which modules have which number format."""
+"""``quantization_config`` of compressed-tensors: which modules have which number format.
+
+Its ``format`` is ``pack-quantized`` for weights alone, and ``int-quantized`` where activations are int8 too.
+"""
 
 import dataclasses
 import re
 from collections.abc import Mapping
 from typing import Any
 
-from awq_jax_convert.scheme import Scheme
+from awq_jax_convert.scheme import Scheme, form
 
-__all__ = ["ConfigGroup", "groups_of", "read_groups", "to_config"]
+__all__ = ["INTS", "PACKED", "ConfigGroup", "groups_of", "read_groups", "scheme_of", "to_config"]
 
-_FORMAT = "pack-quantized"
+PACKED, INTS = "pack-quantized", "int-quantized"
 _KEYS = {"quant_method", "format", "config_groups", "ignore", "quantization_status", "kv_cache_scheme", "version"}
 _HARMLESS = {"global_compression_ratio", "sparsity_config", "transform_config"}  # where they are empty
 _WEIGHTS = {"num_bits", "type", "symmetric", "strategy", "group_size", "dynamic", "actorder", "block_structure"}
+# What input_activations may say; by token the step is found as a token comes, by tensor it is a tensor of the file.
+_INPUTS: dict[tuple[Any, Any], str] = {("token", True): "token", ("tensor", False): "tensor"}
 # How scales were found, and the dtypes of tensors that say their own.
 _FOUND = {"observer", "observer_kwargs", "scale_dtype", "zp_dtype"}
 _UNBOUNDED = re.compile(r"[*+{]")
@@ -52,6 +57,26 @@ class ConfigGroup:
         return min(found, default=2 if "Linear" in self.targets else None)
 
 
+def _inputs(given: Any, where: str) -> str:
+    """`Scheme.activations` of ``input_activations``."""
+    if not given:
+        return "float"
+    if not isinstance(given, dict):
+        raise ValueError(f"{where}.input_activations is no object.")
+    unknown = sorted(set(given) - _WEIGHTS - _FOUND)
+    if unknown:
+        raise ValueError(f"{where}.input_activations has attributes that are not understood: {', '.join(unknown)}.")
+    kind = (given.get("num_bits"), given.get("type", "int"), given.get("symmetric", True))
+    how = (given.get("strategy"), given.get("dynamic", False))
+    others = [key for key in ("group_size", "block_structure", "actorder") if given.get(key)]
+    if kind != (8, "int", True) or how not in _INPUTS or others:
+        raise ValueError(
+            f"{where} has input_activations of {kind[0]!r} bits, type {kind[1]!r}, strategy {how[0]!r}, dynamic "
+            f"{how[1]!r}; symmetric int8 is read, by token and dynamic or by tensor and static."
+        )
+    return _INPUTS[how]
+
+
 def _scheme(weights: Any, where: str) -> Scheme:
     if not isinstance(weights, dict):
         raise ValueError(f"{where} does not say how weights are quantized.")
@@ -77,16 +102,24 @@ def _scheme(weights: Any, where: str) -> Scheme:
     return Scheme(bits, size, symmetric)
 
 
-def _group(name: str, group: Any) -> ConfigGroup:
+def _group(name: str, group: Any, format: str) -> ConfigGroup:
     where = f"quantization_config.config_groups.{name}"
-    if not isinstance(group, dict) or group.get("input_activations") or group.get("output_activations"):
-        raise ValueError(f"{where} quantizes activations, or is no object; weights alone are read.")
-    if group.get("format") not in (None, _FORMAT):
-        raise ValueError(f"{where} has the format {group['format']!r}, which is not read; {_FORMAT!r} is.")
+    if not isinstance(group, dict) or group.get("output_activations"):
+        raise ValueError(f"{where} quantizes output activations, or is no object; this is not read.")
+    if group.get("format") not in (None, format):
+        raise ValueError(f"{where} has the format {group['format']!r} and the whole {format!r}, which is not read.")
     targets = group.get("targets")
     if not isinstance(targets, list) or not targets or not all(isinstance(target, str) for target in targets):
         raise ValueError(f"{where} has no list of targets.")
-    return ConfigGroup(tuple(targets), _scheme(group.get("weights"), where))
+    inputs, scheme = _inputs(group.get("input_activations"), where), _scheme(group.get("weights"), where)
+    if format == PACKED and inputs != "float":
+        raise ValueError(f"{where} quantizes activations, and the format is {PACKED!r}; {INTS!r} has int8 activations.")
+    if format == INTS and (scheme.bits != 8 or not scheme.symmetric):
+        found = form(scheme.bits, scheme.group_size, symmetric=scheme.symmetric)
+        raise ValueError(f"{where}: {INTS!r} is read with symmetric weights of 8 bits, not {found}.")
+    if inputs != "float" and scheme.group_size != -1:
+        raise ValueError(f"{where}: int8 activations are read with one scale a column of weights (strategy 'channel').")
+    return ConfigGroup(tuple(targets), dataclasses.replace(scheme, activations=inputs))
 
 
 def read_groups(config: Mapping[str, Any]) -> tuple[tuple[ConfigGroup, ...], tuple[str, ...]]:
@@ -98,10 +131,11 @@ def read_groups(config: Mapping[str, Any]) -> tuple[tuple[ConfigGroup, ...], tup
     unknown = sorted(set(config) - _KEYS - {key for key in _HARMLESS if not config.get(key)})
     if unknown:
         raise ValueError(f"quantization_config has attributes that are not understood: {', '.join(unknown)}.")
-    if config.get("format") != _FORMAT or config.get("quantization_status", "compressed") != "compressed":
+    format = config.get("format")
+    if format not in (PACKED, INTS) or config.get("quantization_status", "compressed") != "compressed":
         raise ValueError(
-            f"compressed-tensors with format {config.get('format')!r} and status {config.get('quantization_status')!r} "
-            f"is not read; a compressed {_FORMAT!r} is."
+            f"compressed-tensors with format {format!r} and status {config.get('quantization_status')!r} is not read; "
+            f"a compressed {PACKED!r} or {INTS!r} is."
         )
     if config.get("kv_cache_scheme"):
         raise ValueError("the checkpoint asks for a quantized key and value cache, which is not supported.")
@@ -110,7 +144,21 @@ def read_groups(config: Mapping[str, Any]) -> tuple[tuple[ConfigGroup, ...], tup
         raise ValueError("quantization_config has no config_groups, or its ignore is no list.")
     if not all(isinstance(name, str) for name in ignore):
         raise ValueError(f"quantization_config.ignore is {str(ignore)[:80]}; it is a list of module names.")
-    return tuple(_group(name, group) for name, group in groups.items()), tuple(ignore)
+    return tuple(_group(name, group, format) for name, group in groups.items()), tuple(ignore)
+
+
+def scheme_of(groups: tuple[ConfigGroup, ...], name: str) -> Scheme:
+    """The number format that a config gives a module.
+
+    Raises:
+      ValueError: no target matches it.
+    """
+    if len(groups) == 1:
+        return groups[0].scheme
+    ranked = [(rank, group.scheme) for group in groups if (rank := group.rank(name)) is not None]
+    if not ranked:
+        raise ValueError(f"{name!r} is quantized, but no target of quantization_config matches it.")
+    return min(ranked)[1]
 
 
 def groups_of(schemes: Mapping[str, Scheme]) -> tuple[ConfigGroup, ...]:
@@ -139,17 +187,25 @@ def _weights(scheme: Scheme) -> dict[str, Any]:
     }
 
 
-def to_config(groups: tuple[ConfigGroup, ...], ignore: tuple[str, ...]) -> dict[str, Any]:
+def _input_activations(scheme: Scheme) -> dict[str, Any] | None:
+    if scheme.activations == "float":
+        return None
+    strategy, dynamic = next(how for how, kind in _INPUTS.items() if kind == scheme.activations)
+    inputs = {**_weights(scheme), "strategy": strategy, "dynamic": dynamic}
+    return {**inputs, "observer": None} if dynamic else inputs
+
+
+def to_config(groups: tuple[ConfigGroup, ...], ignore: tuple[str, ...], format: str = PACKED) -> dict[str, Any]:
     """The ``quantization_config`` that vLLM, transformers and `read_groups` read."""
     return {
         "quant_method": "compressed-tensors",
-        "format": _FORMAT,
+        "format": format,
         "quantization_status": "compressed",
         "config_groups": {
             f"group_{index}": {
                 "targets": list(group.targets),
                 "weights": _weights(group.scheme),
-                "input_activations": None,
+                "input_activations": _input_activations(group.scheme),
                 "output_activations": None,
             }
             for index, group in enumerate(groups)

@@ -87,9 +87,10 @@ def _schemes(checkpoint: Checkpoint) -> dict[str, Scheme]:
     rows = {path: checkpoint.shape(path)[-2] for path in found}
     whole = all(scheme.rows(rows[path]) == rows[path] for path, scheme in found.items())
     named = any(scheme.group_size == -1 for scheme in found.values()) or len(set(rows.values())) > 1
-    size = lambda path: -1 if whole and named else found[path].rows(rows[path])
+    int8 = {path for path, scheme in found.items() if scheme.activations != "float"}  # has no groups
+    size = lambda path: -1 if path in int8 or (whole and named) else found[path].rows(rows[path])
     symmetric = all(scheme.symmetric for scheme in found.values())
-    return {path: Scheme(scheme.bits, size(path), symmetric) for path, scheme in found.items()}
+    return {path: Scheme(scheme.bits, size(path), symmetric, scheme.activations) for path, scheme in found.items()}
 
 
 def _refuse(checkpoint: Checkpoint, to: str, schemes: Mapping[str, Scheme]) -> None:
@@ -104,7 +105,8 @@ def _refuse(checkpoint: Checkpoint, to: str, schemes: Mapping[str, Scheme]) -> N
     linears = (path for path in checkpoint.paths() if path.startswith("layers/") and path.endswith("/kernel"))
     refuse_unwritable(to, checkpoint, {path: schemes.get(path) for path in linears})
     used = set(schemes.values())
-    refuse_misfit(to, [QuantSpec(bits=s.bits, group_size=s.group_size, symmetric=s.symmetric) for s in used])
+    kept = ("bits", "group_size", "symmetric", "activations")
+    refuse_misfit(to, [QuantSpec(**{name: getattr(scheme, name) for name in kept}) for scheme in used])
 
 
 def _refuse_without_codes(layer: Mapping[str, Any], index: int, to: str, schemes: Mapping[str, Scheme]) -> None:
@@ -137,8 +139,16 @@ def _recipe(checkpoint: Checkpoint, to: str, dtype: np.dtype | None) -> dict[str
     return {**kept, "conversions": [*(before if isinstance(before, list) else []), step]}
 
 
-def _warnings(checkpoint: Checkpoint, to: str, dtype: np.dtype | None, scales: set[str]) -> tuple[str, ...]:
-    """compressed-tensors' loaders keep scales in the model's dtype, whatever the file has."""
+def _warnings(
+    checkpoint: Checkpoint, to: str, dtype: np.dtype | None, scales: set[str], schemes: Mapping[str, Scheme]
+) -> tuple[str, ...]:
+    """What is no longer as it was, or will not be once another program loads it.
+
+    compressed-tensors' loaders keep scales in the model's dtype, whatever the file has.
+    """
+    rounded = sum(scheme.activations != "float" for scheme in schemes.values())
+    if to == "dense" and rounded:
+        return (f"{rounded} weights multiplied int8 activations; dense ones multiply them as they come",)
     model = str(dtype or checkpoint.hf.dtype)
     lost = sorted(scale for scale in scales if scale != model and (model, scale) != ("float32", "float16"))
     if to != "compressed-tensors" or not lost or (model, lost) == ("float32", ["bfloat16"]):
@@ -191,6 +201,7 @@ def convert_checkpoint(
         out,
         group_size=next((scheme.group_size for scheme in schemes.values()), 128),
         symmetric=any(scheme.symmetric for scheme in schemes.values()),  # as one, as all
+        activations=next((scheme.activations for scheme in schemes.values()), "float"),
         dtype=kind,
         recipe=_recipe(checkpoint, to, kind),
         overwrite=overwrite,
@@ -218,5 +229,5 @@ def convert_checkpoint(
         bytes_before=checkpoint.nbytes,
         bytes_after=writer.nbytes,
         seconds=time.perf_counter() - begun,
-        warnings=_warnings(checkpoint, to, kind, scales),
+        warnings=_warnings(checkpoint, to, kind, scales, schemes),
     )

@@ -15,7 +15,9 @@ _NATIVE = "or write the native format (--format native)."
 
 
 def _said(path: str, scheme: Scheme | None) -> str:
-    kind = "in floating point" if scheme is None else form(scheme.bits, scheme.group_size, symmetric=scheme.symmetric)
+    if scheme is None:
+        return f"{path.removesuffix('/kernel')} in floating point"
+    kind = form(scheme.bits, scheme.group_size, symmetric=scheme.symmetric, activations=scheme.activations)
     return f"{path.removesuffix('/kernel')} {kind}"
 
 

@@ -13,6 +13,7 @@ from awq_jax_convert.compressed_tensors import CompressedTensors
 from awq_jax_convert.hf import HFCheckpoint
 from awq_jax_convert.hf_config import FamilyChoice
 from awq_jax_convert.hf_writer import HFWriter
+from awq_jax_convert.int_quantized import IntQuantized
 from awq_jax_convert.native import NativeCheckpoint, is_native
 from awq_jax_convert.native_writer import NativeFollower, NativeWriter
 from awq_jax_convert.sink import ModelWriter
@@ -58,6 +59,11 @@ def _refuse_for_autoawq(specs: Collection[QuantSpec]) -> None:
 
 
 def _refuse_for_compressed_tensors(specs: Collection[QuantSpec]) -> None:
+    if len({spec.activations == "float" for spec in specs}) > 1:
+        raise ValueError(
+            "a compressed-tensors checkpoint is packed words or, with int8 activations, bytes: every quantized weight "
+            "must have int8 activations, or none. Write the native format (--format native)."
+        )
     if any(spec.bits == 3 for spec in specs):
         raise ValueError(
             "compressed-tensors has two layouts for 3 bits and its files don't say which. Write the native format "
@@ -95,6 +101,7 @@ def open_writer(
     *,
     group_size: int,
     symmetric: bool = False,
+    activations: str = "float",
     dtype: np.dtype | None = None,
     recipe: Mapping[str, Any] | None = None,
     overwrite: bool = False,
@@ -108,6 +115,7 @@ def open_writer(
       out: the directory to create.
       group_size: of the quantized weights; formats that have one for a whole checkpoint say it in the config.
       symmetric: no quantized weight has zeros; a format that can then leaves them out.
+      activations: of the quantized weights, as in `QuantSpec`; int8 ones are another form of compressed-tensors.
       dtype: of dense parameters; None keeps each as it is in the source.
       recipe: JSON values that the manifest keeps.
       overwrite: replace ``out`` if awq-jax wrote it.
@@ -121,9 +129,10 @@ def open_writer(
     }
     if format == "native":
         return NativeWriter(source, out, **options)
+    packed = CompressedTensors(group_size=group_size, symmetric=symmetric)
     codecs = {
         "autoawq": AutoAWQ(group_size),
-        "compressed-tensors": CompressedTensors(group_size=group_size, symmetric=symmetric),
+        "compressed-tensors": packed if activations == "float" else IntQuantized(),
         "dense": None,
     }
     return HFWriter(source, out, codec=codecs[format], **options)

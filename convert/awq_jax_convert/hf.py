@@ -192,6 +192,7 @@ class HFCheckpoint(Checkpoint):
 
     def _read_one(self, path: str, source: _Source, dtype: Any) -> Any:
         arrays = {part: self.tensors.read(name) for part, name in source.tensors.items()}
+        whole: Any
         if source.parts and self.codec is not None:
             whole = self.codec.decode(source.module, arrays)
         else:

@@ -72,7 +72,7 @@ class HFWriter(ModelWriter):
         """Of the layers' linears; whole columns are alike whatever their length, and zeros of 8 are no other format."""
         whole = all(found.group_size == rows for found, rows in self._layers.values() if found is not None)
         return {
-            path: found and Scheme(found.bits, -1 if whole else found.group_size, False)
+            path: found and Scheme(found.bits, -1 if whole else found.group_size, False, found.activations)
             for path, (found, _) in self._layers.items()
         }
 

@@ -55,7 +55,8 @@ def _is_format(kept: Mapping[str, Any]) -> bool:
     if "bits" not in kept:
         return kept.get("dtype") in [str(dtype) for dtype in DTYPES.values()]
     types = [type(kept.get(key)) for key in ("bits", "group_size", "symmetric")]
-    return types == [int, int, bool] and kept["bits"] in (2, 3, 4, 8)
+    inputs = kept.get("activations", "float")
+    return types == [int, int, bool] and kept["bits"] in (2, 3, 4, 8) and inputs in ("float", "token", "tensor")
 
 
 class NativeCheckpoint(Checkpoint):
@@ -140,7 +141,9 @@ class NativeCheckpoint(Checkpoint):
     def scheme(self, path: str) -> Scheme | None:
         """The number format of a quantized weight, None for a dense parameter."""
         kept = self._stored(path)
-        return Scheme(kept["bits"], kept["group_size"], kept["symmetric"]) if "bits" in kept else None
+        if "bits" not in kept:
+            return None
+        return Scheme(kept["bits"], kept["group_size"], kept["symmetric"], kept.get("activations", "float"))
 
     def layer(self, index: int, dtype: Any = np.float32) -> dict[str, Any]:
         """The parameters of one layer; see `Checkpoint.layer`."""

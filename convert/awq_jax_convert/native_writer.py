@@ -104,12 +104,15 @@ class NativeWriter(ModelWriter):
     def _write(self, name: str, tree: Mapping[str, Any], prefix: str, *, alone: bool = False) -> None:
         tree = self._tree(tree, prefix)
         if alone or self._shared is None:
-            part = write_part(self._directory / name, tree)
+            part = self._write_alone(name, tree)
         else:
             part = write_part(self._shared / name, tree, together=f"{self._shared.name}/{name}")
             self._place(name)
         self._parts[name] = part
         self.nbytes += part["nbytes"]
+
+    def _write_alone(self, name: str, tree: Mapping[str, Any]) -> dict[str, Any]:
+        return write_part(self._directory / name, tree)
 
     def _place(self, name: str) -> None:
         """Give a part that all have written its place."""
@@ -146,6 +149,10 @@ class NativeFollower(NativeWriter):
 
     def _complete(self) -> None:
         """Process 0 does."""
+
+    def _write_alone(self, name: str, tree: Mapping[str, Any]) -> dict[str, Any]:
+        """Process 0 does."""
+        return {"nbytes": 0}
 
     def _place(self, name: str) -> None:
         """Process 0 does."""

@@ -25,9 +25,10 @@ DTYPES: dict[str, np.dtype] = {
     "I32": np.dtype(np.int32),
     "I16": np.dtype(np.int16),
     "U8": np.dtype(np.uint8),
+    "I8": np.dtype(np.int8),
 }
 FLOATS = ("F32", "BF16", "F16")
-_OTHER_BYTES = {"BOOL": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1, "U16": 2, "U32": 4, "U64": 8, "F64": 8}
+_OTHER_BYTES = {"BOOL": 1, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1, "U16": 2, "U32": 4, "U64": 8, "F64": 8}
 _MAX_TENSORS = 1_000_000
 _MAX_RANK = 16
 

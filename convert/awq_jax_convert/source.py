@@ -86,7 +86,7 @@ class Checkpoint(abc.ABC):
         kept = self.scheme(path)
         if kept is None:
             return str(self.stored_dtype(path))
-        return form(kept.bits, kept.group_size, symmetric=kept.symmetric)
+        return form(kept.bits, kept.group_size, symmetric=kept.symmetric, activations=kept.activations)
 
     @abc.abstractmethod
     def layer(self, index: int, dtype: Any = np.float32) -> dict[str, Any]:

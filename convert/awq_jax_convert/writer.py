@@ -68,7 +68,7 @@ class DirectoryWriter:
 
         Args:
           name: unique in the checkpoint.
-          array: float32, bfloat16, float16, int64, int32, int16 or uint8, any strides; must not change afterwards.
+          array: float32, bfloat16, float16 or integers from int64 to uint8, any strides; must not change afterwards.
 
         Raises:
           ValueError: the name was used, or the dtype is not one of these.

@@ -9,6 +9,7 @@ import pytest
 from flax import nnx
 
 from awq_jax import nnx as awq
+from awq_jax.adapt import find_weights
 from tests.adapters.models import INNER, Block, D, Model, some_tokens
 from tests.adapters.served import RECIPE, dense, distance, rules
 
@@ -99,6 +100,76 @@ def test_gradients_reach_what_is_dense(quantized):
     step = 1e-2
     finite = (loss(gain + step * direction) - loss(gain - step * direction)) / (2 * step)
     np.testing.assert_allclose(jnp.vdot(gradient, direction), finite, rtol=1e-2)
+
+
+def test_keywords_and_variables_that_a_call_makes(rng):
+    """Keywords reach the original's own code, and what it leaves behind is in the module afterwards."""
+
+    class Keeper(nnx.Module):
+        def __init__(self, rngs):
+            self.linear, self.dropout = nnx.Linear(D, D, rngs=rngs), nnx.Dropout(0.5, rngs=rngs)
+
+        def __call__(self, x, *, deterministic=True):
+            y = self.linear(x)
+            self.last = nnx.Intermediate(y)
+            return self.dropout(y, deterministic=deterministic)
+
+    x = jnp.asarray(rng.standard_normal((4, D)), jnp.float32)
+    model = Keeper(nnx.Rngs(0))
+    table = awq.propose(model, x)
+    served, _ = awq.quantize(model, awq.observe(model, [x], table), table, RECIPE)
+    y = served(x, deterministic=True)
+    np.testing.assert_array_equal(jax.tree.leaves(nnx.state(served, nnx.Intermediate))[0], y)
+    assert (np.asarray(served(x, deterministic=False)) == 0).any()
+
+
+def test_rematerialized_modules(rng):
+    """`nnx.remat` hands a module through its function and out of it again."""
+
+    class Deep(nnx.Module):
+        def __init__(self, rngs):
+            @nnx.split_rngs(splits=3)
+            @nnx.vmap(in_axes=(0,), out_axes=0)
+            def make(rngs):
+                return nnx.Linear(D, D, rngs=rngs)
+
+            self.first, self.stack = nnx.Linear(D, D, rngs=rngs), make(rngs)
+
+        def __call__(self, x):
+            apply = nnx.remat(lambda x, layer: x + jnp.tanh(layer(x)))
+            return nnx.scan(apply, in_axes=(nnx.Carry, 0), out_axes=nnx.Carry)(apply(x, self.first), self.stack)
+
+    model, x = Deep(nnx.Rngs(0)), jnp.asarray(rng.standard_normal((4, D)), jnp.float32)
+    graph, state = nnx.split(model)
+    function = lambda params, x: nnx.merge(graph, params)(x)  # pyright: ignore[reportCallIssue]
+    weights, left, _ = find_weights(function, state, x)
+    lead = {path.removesuffix("/value"): layout.lead for path, layout in weights.items()}
+    assert lead == {"first/kernel": (), "stack/kernel": (3,)}
+    assert not left
+
+
+def test_adapters_of_the_models_own_are_left_to_training(rng):
+    """`nnx.LoRA` on an INT4 base, trained by `nnx.Optimizer` as it is on a dense one."""
+
+    class Adapted(nnx.Module):
+        def __init__(self, rngs):
+            self.norm = nnx.RMSNorm(D, rngs=rngs)
+            self.linear = nnx.LoRA(D, 3, D, base_module=nnx.Linear(D, D, rngs=rngs), rngs=rngs)
+
+        def __call__(self, x):
+            return self.linear(self.norm(x))
+
+    model, x = Adapted(nnx.Rngs(0)), jnp.asarray(rng.standard_normal((4, D)), jnp.float32)
+    table = awq.propose(model, x)
+    assert rules(table) == {"norm/scale": {"linear/base_module/kernel"}}
+    served, _ = awq.quantize(model, awq.observe(model, [x], table), table, RECIPE)
+    of = lambda served: jnp.mean((served(x) - 1.0) ** 2)
+    gradient = nnx.grad(of, argnums=nnx.DiffState(0, nnx.LoRAParam))(served)
+    assert [leaf.shape for leaf in jax.tree.leaves(gradient)] == [(D, 3), (3, D)]
+    with pytest.raises(ValueError, match=r"is quantized already.*merge_adapters"):
+        awq.observe(served, [x], table)
+    again = awq.serve(served, dense(awq.params_of(served)))
+    assert awq.propose(again, x) == table
 
 
 @pytest.mark.slow

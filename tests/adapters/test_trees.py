@@ -3,13 +3,14 @@
 
 import dataclasses
 import itertools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from awq_jax import QuantSpec, Recipe, RefineSpec, SearchSpec, adapt, rule
+from awq_jax import QuantSpec, Recipe, RefineSpec, SearchSpec, adapt, dequantize, rule
 from awq_jax.adapt import Group
 from awq_jax.adapt.kernel import QKernel
 from tests.adapters.models import INNER, D, mlp, mlp_params
@@ -182,7 +183,7 @@ def test_a_kernel_is_not_served_as_something_else(x, table, stats):
 
 
 def test_unknown_groups_are_named(table):
-    with pytest.raises(ValueError, match=r"group norm/gamma -> gate/w, up/w matches no weight; weights are"):
+    with pytest.raises(ValueError, match=r"group norm/gamma -> gate/w, up/w has a producer that is no gain and no"):
         list(table.with_groups(Group(producer="norm/gamma", sinks=("gate/w", "up/w"))).instances())
     half = dataclasses.replace(table, groups=table.groups[:1])
     with pytest.raises(ValueError, match="is in no group"):
@@ -229,3 +230,156 @@ def test_one_step_quantizes_inside_jit(x, table):
     np.testing.assert_allclose(error, wanted, rtol=0.05)
     for a, b in itertools.pairwise(stats.values()):
         assert a.count == b.count
+
+
+def test_parameters_that_are_not_the_tables_are_named(x, table, stats):
+    params = mlp_params()
+    turned = params | {"down": {"w": params["down"]["w"].T}}
+    with pytest.raises(ValueError, match=r"'down/w' has the shape \(32, 64\), and \(64, 32\) in the table"):
+        adapt.quantize(turned, stats, table, RECIPE)
+    for verb in (lambda p: adapt.observe(mlp, p, [x], table), lambda p: adapt.quantize(p, stats, table, RECIPE)):
+        with pytest.raises(ValueError, match="the table's 'down/w' is not among the parameters"):
+            verb({name: leaf for name, leaf in params.items() if name != "down"})
+        with pytest.raises(ValueError, match=r"'gate/w' is quantized already.*merge_adapters\(params, \{\}\)"):
+            verb(adapt.quantize(params, stats, table, RECIPE)[0])
+    with pytest.raises(ValueError, match="'act' is a str"):
+        adapt.propose(lambda p, x: mlp(p, x), params | {"act": "relu"}, x)
+
+
+def test_statistics_that_do_not_fit_are_named(x, table, stats):
+    with pytest.raises(ValueError, match="there are no statistics of 'down/w', which 'down/w' needs"):
+        adapt.quantize(mlp_params(), {"gate/w": stats["gate/w"]}, table, RECIPE)
+    with pytest.raises(ValueError, match=r"statistics that 'down/w' needs are \(32,\), not \(64,\)"):
+        adapt.quantize(mlp_params(), {path: stats["gate/w"] for path in stats}, table, RECIPE)
+
+
+def test_numbers_among_the_parameters(x):
+    """Python floats are parameters as they are, and typed keys go through."""
+    params = mlp_params() | {"scale": 0.5, "key": jax.random.key(0), "steps": 3}
+    scaled = lambda p, x: mlp(p, x) * p["scale"]
+    _, qparams, _ = quantized(scaled, params, x)
+    assert distance(adapt.serve(scaled)(qparams, x), scaled(dense(qparams), x)) < 1e-5
+
+
+def test_a_weight_that_one_batch_alone_reads(rng, x):
+    """Its statistics are of that batch, whichever came first."""
+    params = {name: jnp.asarray(rng.standard_normal((D, D)), jnp.float32) for name in "ab"}
+    program = lambda p, batch: batch["x"] @ p["a"] + (jnp.tanh(batch["y"]) @ p["b"] if "y" in batch else 0.0)
+    batches = [{"x": x}, {"x": x, "y": x}]
+    table = adapt.propose(program, params, batches[1])
+    for order in (batches, batches[::-1]):
+        stats = adapt.observe(program, params, order, table)
+        assert {path: float(s.count) for path, s in stats.items()} == {"a": 160.0, "b": 80.0}
+
+
+def test_a_stacked_weight_and_a_shared_one_that_read_the_same(rng, x):
+    params = {"own": jnp.asarray(rng.standard_normal((3, D, D)) / 9, jnp.float32)}
+    params["shared"] = params["own"][0] + 0.1
+
+    def program(p, x):
+        return jax.lax.scan(lambda h, own: (h + jnp.tanh(h @ own) + h @ p["shared"], None), x, p["own"])[0]
+
+    table, qparams, _ = quantized(program, params, x)
+    stats = adapt.observe(program, params, [x], table)
+    assert stats["own"].count.tolist() == [80.0] * 3 and stats["shared"].count == 240
+    assert distance(adapt.serve(program)(qparams, x), program(dense(qparams), x)) < 1e-5
+
+
+def test_a_product_with_a_wider_result_keeps_it(rng, x):
+    """bfloat16 in, float32 out, as heads ask for: oracle numpy in float64 on the kernel that the codes stand for."""
+    params = {"w": jnp.asarray(rng.standard_normal((D, 64)), jnp.bfloat16)}
+    dims = (((2,), (0,)), ((), ()))
+    program = lambda p, x: jax.lax.dot_general(x, p["w"], dims, preferred_element_type=jnp.float32)
+    narrow = x.astype(jnp.bfloat16)
+    _, qparams, _ = quantized(program, params, narrow)
+    got = adapt.serve(program)(qparams, narrow)
+    kernel = dequantize(qparams["w"].weight)
+    assert got.dtype == jnp.float32
+    assert distance(got, np.asarray(narrow, np.float64) @ np.asarray(kernel, np.float64)) < 1e-5
+
+
+class Layer(NamedTuple):
+    """Fields in an order that is not the alphabet's."""
+
+    w: jax.Array
+    b: jax.Array
+
+
+@pytest.mark.parametrize("names", [[f"block{end}" for end in ("", "-1", ".2")], range(12)], ids=["names", "twelve"])
+def test_leaves_keep_their_places(rng, x, names):
+    """Paths sort otherwise than the tree: 10 before 2, '-' before '/', and b before w."""
+    layers = [Layer(jnp.asarray(rng.standard_normal((D, D)) / 9, jnp.float32), 0.1 * jnp.ones(D)) for _ in names]
+    params = layers if isinstance(names, range) else dict(zip(names, layers, strict=True))
+
+    def program(params, x):
+        for i, layer in enumerate(params if isinstance(names, range) else params.values()):
+            x = x + (1 + i) / 12 * jnp.tanh(x @ layer.w + layer.b)
+        return x
+
+    recipe = dataclasses.replace(RECIPE, method="minmax")
+    table, qparams, _ = quantized(program, params, x, recipe=recipe)
+    assert list(table.weights) == [f"{name}/w" for name in names]
+    assert distance(adapt.serve(program)(qparams, x), program(dense(qparams), x)) < 1e-5
+    assert adapt.verify(program, params, (x,), table) == 0.0
+
+
+def test_every_kernel_is_in_the_report(rng, x):
+    """Also those that no product reads, each with what does."""
+    kernel = lambda *shape: jnp.asarray(rng.standard_normal(shape) / 9, jnp.float32)
+    names = ("conv_general_dilated", "ragged_dot_general", "cond", "custom_vjp_call", "dynamic_slice", "gather")
+    params = {"product": kernel(D, D), "position": kernel(40, D)}
+    params |= {"conv_general_dilated": kernel(3, D, D), "ragged_dot_general": kernel(2, D, D), "cond": kernel(D, D)}
+    params |= {"custom_vjp_call": kernel(D, D), "dynamic_slice": kernel(3, D, D), "gather": kernel(9, D)}
+
+    @jax.custom_vjp
+    def linear(x, w):
+        return x @ w
+
+    linear.defvjp(lambda x, w: (x @ w, (x, w)), lambda r, g: (g @ r[1].T, jnp.einsum("btd,btn->dn", r[0], g)))
+
+    def program(p, x):
+        x = x @ p["product"] + p["position"] + p["gather"][jnp.arange(40) % 9]
+        numbers = ("NHC", "HIO", "NHC")
+        x = x + jax.lax.conv_general_dilated(x, p["conv_general_dilated"], (1,), "SAME", dimension_numbers=numbers)
+        x = x + linear(x, p["custom_vjp_call"])
+        x = jax.lax.fori_loop(0, 3, lambda i, h: h + jnp.tanh(h @ p["dynamic_slice"][i]), x)
+        x = jax.lax.cond(x.sum() > 0, lambda w: x @ w, lambda w: -x @ w, p["cond"])
+        flat = x.reshape(-1, D)
+        return jax.lax.ragged_dot(flat, p["ragged_dot_general"], jnp.array([30, len(flat) - 30], jnp.int32))
+
+    weights, left, _ = adapt.find_weights(program, params, x)
+    assert weights.keys() == {"product"}
+    assert {path: reason.split(" by ")[1] for path, reason in left.items()} == {name: name for name in names}
+
+
+def test_groups_of_ones_own(x, table):
+    alone = table.with_groups(Group(producer=None, sinks=("*/w",), reason="all of them"))
+    assert {instance.sinks for instance in alone.instances()} == {("gate/w",), ("up/w",), ("down/w",)}
+    taken = table.with_groups(Group(producer=None, sinks=("gate/w",)))
+    assert adapt.verify(mlp, mlp_params(), (x,), taken) == 0.0  # up, left behind, is not scaled without it
+    reason = next(group.reason for group in taken.groups if group.sinks == ("up/w",))
+    assert "gate/w, which reads what norm/gain makes too, was put into another group" in reason
+    for group, message in (
+        (Group(producer="norm/gain", sinks=("gate/w", "up/v")), "matches no weight by 'up/v'"),
+        (Group(producer="up/w", sinks=("up/w",)), "'up/w' can't absorb the scale of its own rows"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            list(table.with_groups(group).instances())
+    with pytest.raises(ValueError, match="the table's 'up/c' is not among the parameters"):
+        wrong = table.with_groups(Group(producer="up/w", sinks=("down/w",), bias="up/c"))
+        adapt.observe(mlp, mlp_params(), [x], wrong)
+
+
+def test_experts_with_norms_of_their_own(rng, x):
+    """`vmap` over members: each has a gain and a scale."""
+    params = {"gain": jnp.exp(jnp.asarray(rng.standard_normal((3, D)), jnp.float32))}
+    params["w"] = jnp.asarray(rng.standard_normal((3, D, D)), jnp.float32)
+    members = jax.vmap(lambda p, x: (x * p["gain"]) @ p["w"], in_axes=(0, None))
+    table = adapt.propose(members, params, x)
+    assert rules(table) == {"gain": {"w"}} and table.lead["gain"] == (3,)
+    assert adapt.verify(members, params, (x,), table) == 0.0
+
+
+def test_shapes_without_values_are_refused(x):
+    with pytest.raises(ValueError, match=r"propose measures.*take layouts alone from adapt.find_weights"):
+        adapt.propose(mlp, jax.eval_shape(mlp_params), x)

@@ -60,3 +60,10 @@ def test_damaged(file, damage):
     )
     with pytest.raises(ValueError, match=r"tokenizer.json is not (a valid tokenizer|UTF-8) .*; download it again"):
         Tokenizer.from_file(file)
+
+
+def test_a_link_out_of_the_directory_is_not_read(file, tmp_path):
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "tokenizer.json").symlink_to(file)
+    with pytest.raises(ValueError, match=r"tokenizer.json is a link to .*, outside its directory; it is not followed"):
+        Tokenizer.from_file(tmp_path / "model" / "tokenizer.json")

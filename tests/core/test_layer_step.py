@@ -145,8 +145,8 @@ def test_chunks_are_one_calibration(inputs):
 
 
 def test_a_search_that_hurts_is_dropped_for_round_to_nearest(inputs, monkeypatch):
-    def misled(params, stats, plan, loss, reobserve):
-        found = quantizing.quantize_layer(params, stats, plan, loss, reobserve)
+    def misled(*given):
+        found = quantizing.quantize_layer(*given)
         down = found.params["mlp"]["down"]["kernel"]
         worse = put(found.params, "mlp/down/kernel", dataclasses.replace(down, scale=down.scale * 1.5))
         return dataclasses.replace(found, params=worse)

@@ -37,6 +37,19 @@ def test_two_buffers_wait_for_each_copy_to_start():
     assert cost(dataclasses.replace(config, buffers=2)) > cost(config) + 13 * 0.3
 
 
+def test_inside_a_step_x_and_y_wait_for_nothing():
+    config = BlockConfig("E", bm=512, bn=1024, tile=256)
+    cost = lambda inside: kernel_cost("v6e", config, still(2000), 16, 4096, 14336, 128, zeros=True, inside=inside)
+    moved = 2 * 16 * (4096 + 14336)
+    assert cost(False).fill_us - cost(True).fill_us == pytest.approx((2 * 600 / 1.751 + moved / 1640) / 1e3)
+
+
+def test_the_last_tile_ends_sooner_than_the_last_block():
+    config = BlockConfig("E", bm=512, bn=2048, tile=512, by_tile=True)
+    cost = lambda c: kernel_cost("v6e", c, still(14000), 16, 4096, 14336, 128, zeros=True, inside=True).us
+    assert cost(config) < cost(dataclasses.replace(config, by_tile=False))
+
+
 def test_without_a_profile_bundles_count_by_loop_depth():
     config = BlockConfig("D", bm=512, bn=1024, tile=256)
     cost = kernel_cost("v7x", config, still(bundles=[10, 100, 1000]), 16, 4096, 14336, 128, zeros=True)

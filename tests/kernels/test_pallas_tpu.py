@@ -74,8 +74,15 @@ def test_rows_and_columns_in_blocks(rng, variant):
     check(run(config), make_problem(rng, Case(34, 256, 1024, 128)), **errors_of(variant))
 
 
-def test_pieces_of_the_first_block(rng):
-    check(run(SMALL, variant="E", bn=512, tile=128), make_problem(rng, Case(4, 256, 1024, 128)))
+@pytest.mark.parametrize(
+    "fields",
+    [{}, {"by_tile": True, "buffers": 3}, {"by_tile": True, "bn": 1024, "buffers": 1}, {"splits": 2, "buffers": 3}],
+    ids=["first", "every", "only", "in a grid"],
+)
+def test_blocks_in_tiles(rng, fields):
+    """The first block, every block, a single one; and the same where x and y do not stay in VMEM."""
+    config = dataclasses.replace(SMALL, variant="E", bn=256, tile=128)
+    check(run(config, **fields), make_problem(rng, Case(4, 256, 1024, 128)))
 
 
 def test_stacked_weights_become_one_kernel(rng):

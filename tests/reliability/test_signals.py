@@ -76,6 +76,28 @@ def test_a_signal_lets_the_layer_at_hand_finish(source: Path, tmp_path: Path, nu
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
+# Interrupted while the device computes the first layer: there is nothing worth finishing.
+COMPUTING = f"""
+import os, sys
+import awq_jax.layer_loop as loop
+real = loop._awaited
+def awaited(outcome):
+    os.kill(os.getpid(), {int(signal.SIGINT)})
+    return real(outcome)
+loop._awaited = awaited
+from awq_jax.cli import main
+sys.exit(main())
+"""
+
+
+@pytest.mark.slow
+def test_an_interrupt_while_the_device_computes_ends_the_program_in_words(source: Path, tmp_path: Path):
+    done = run(COMPUTING, command(source, tmp_path / "out"))
+    assert done.returncode == 130, done.stderr  # and not a crash of the interpreter's end
+    assert "interrupted; nothing was left behind." in done.stderr
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.slow
 def test_kills_at_random_moments_cost_nothing(source: Path, tmp_path: Path):
     begun = time.monotonic()

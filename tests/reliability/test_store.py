@@ -287,6 +287,42 @@ def test_a_clock_that_jumps_changes_nothing(tmp_path: Path, monkeypatch: pytest.
     assert job(tmp_path / "out") == 2
 
 
+def test_who_lost_the_lease_leaves_the_new_holders_layers(tmp_path: Path):
+    """Suspended before its first layer was kept: it has nothing, and what lies there now is not its own."""
+    store = store_of(tmp_path / "out")
+    with pytest.raises(BlockingIOError), resuming(tmp_path / "out", "auto", INPUTS) as session:
+        foreign(store / "LEASE")
+        (store / "CURRENT").write_text("theirs")
+        session.check()
+    assert (store / "CURRENT").read_text() == "theirs"
+
+
+@pytest.mark.parametrize("name", ["", "objects"])
+def test_a_store_that_is_a_link_is_refused(tmp_path: Path, name: str):
+    """What is no longer needed is removed in it: that would be somebody else's."""
+    theirs = tmp_path / "theirs"
+    (theirs / "objects").mkdir(parents=True)
+    (theirs / "objects" / "precious").touch()
+    store = store_of(tmp_path / "home" / "out")
+    link = store / name if name else store
+    link.parent.mkdir(parents=True)
+    link.symlink_to(theirs / name if name else theirs)
+    for mode in ("auto", "never"):
+        with pytest.raises(FileExistsError, match="a link, where an unfinished run's layers are to be kept; remove it"):
+            job(tmp_path / "home" / "out", mode)
+    assert (theirs / "objects" / "precious").exists()
+
+
+@pytest.mark.parametrize("content", ["[]", "{", '{"inputs": 3}'])
+def test_a_report_of_something_else_is_not_this_runs(tmp_path: Path, content: str):
+    stopped(tmp_path / "out", 1)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "awq_jax_report.json").write_text(content)
+    with pytest.raises(FileExistsError, match="the output exists"):
+        job(tmp_path / "out")
+    assert store_of(tmp_path / "out").is_dir()
+
+
 def test_lack_of_room_is_said_before_anything_is_done(tmp_path: Path):
     with (
         pytest.raises(OSError, match=r"bytes are needed, .* are free"),

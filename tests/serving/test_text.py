@@ -118,3 +118,11 @@ def test_numbers_out_of_range_are_refused(field, value):
     asked = parse("completion", json.dumps({"prompt": "a", field: value}).encode())
     with pytest.raises(Refusal):
         asked.request((1,), 10, ())
+
+
+def test_a_template_that_is_a_link_out_of_the_checkpoint_is_not_read(tmp_path):
+    (tmp_path / "secret").write_text("secret")
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "chat_template.jinja").symlink_to(tmp_path / "secret")
+    with pytest.raises(ValueError, match=r"chat_template.jinja is a link to .*; it is not followed"):
+        ChatTemplate.of_checkpoint(tmp_path / "model")

@@ -11,7 +11,7 @@ from jax.sharding import PartitionSpec as P
 
 from awq_jax import QuantSpec, adapt, quantize
 from awq_jax.adapt.kernel import is_kernel
-from awq_jax.train import apply_adapters, frozen_mask, init_adapters, merge_adapters
+from awq_jax.train import apply_adapters, apply_updates, frozen_mask, init_adapters, merge_adapters
 from tests.adapters.models import INNER, D, mlp, mlp_params
 from tests.adapters.served import dense, distance, quantized
 
@@ -126,6 +126,27 @@ def test_optax_masked_keeps_no_state_for_codes(base):
     state = optax.masked(optax.adam(1e-3), mask).init(base)
     moments = [leaf for leaf in jax.tree.leaves(state) if leaf.ndim > 0]
     assert sum(leaf.size for leaf in moments) == 2 * (D + INNER)  # of the gain and the bias
+
+
+def test_a_masked_step_on_the_whole_tree(x, base):
+    """Gradients of everything, an optimizer of what floats, the tree donated: codes come back as they were."""
+    optimizer = optax.masked(optax.adam(1e-2), frozen_mask(base))
+    of_tree = lambda params, x: jnp.mean((SERVED(params, x) - 1.0) ** 2)
+
+    @functools.partial(jax.jit, donate_argnums=(0, 1))
+    def step(params, state, x):
+        value, gradient = jax.value_and_grad(of_tree, allow_int=True)(params, x)
+        update, state = optimizer.update(gradient, state, params)
+        return apply_updates(params, update), state, value
+
+    params = jax.tree.map(jnp.copy, base)
+    state, values = optimizer.init(params), []
+    for _ in range(5):
+        params, state, value = step(params, state, x)
+        values.append(float(value))
+    assert values[-1] < values[0]
+    jax.tree.map(np.testing.assert_array_equal, params["down"]["w"], base["down"]["w"])
+    assert (params["norm"]["gain"] != base["norm"]["gain"]).any()
 
 
 @pytest.mark.parametrize(

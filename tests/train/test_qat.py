@@ -31,6 +31,13 @@ def test_forward_is_what_will_be_written(x, weights):
     np.testing.assert_array_equal(rounded["norm"]["gain"], mlp_params()["norm"]["gain"])
 
 
+def test_mistakes_are_named(weights):
+    with pytest.raises(ValueError, match="Cannot quantize 'gate/w': its contraction dimension 32 is not a multiple"):
+        fake_quantized(mlp_params(), weights, QuantSpec(group_size=24))
+    with pytest.raises(ValueError, match="'gate/v' is not among the parameters"):
+        fake_quantized(mlp_params(), {"gate/v": weights["gate/w"]}, SPEC)
+
+
 def test_backward_passes_through_the_rounding(x, weights):
     loss = lambda p: jnp.mean(mlp(p, x) ** 2)
     through = jax.grad(lambda p: loss(fake_quantized(p, weights, SPEC)))(mlp_params())

@@ -22,7 +22,7 @@ from awq_jax_kernels.aot import schedule
 from awq_jax_kernels.aot.program import Program
 from awq_jax_kernels.chips import TPUS, Tpu
 
-__all__ = ["Compiled", "compile_programs"]
+__all__ = ["Compiled", "compile_programs", "environment"]
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,7 @@ def _child(
         with open(Path(folder, "log.txt"), "wb") as log:
             child = subprocess.Popen(
                 [sys.executable, "-m", "awq_jax_kernels.aot.tpu", folder],
-                env={**os.environ, **_environment(dump, profile)},
+                env={**os.environ, **environment(dump, profile=profile)},
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
@@ -133,7 +133,13 @@ def _resident_mb(pid: int) -> float:
     return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
 
 
-def _environment(dump: Path, profile: bool) -> dict[str, str]:
+def environment(dump: Path, *, profile: bool) -> dict[str, str]:
+    """What a process needs in order to compile with libtpu on a machine without a TPU, set before it loads.
+
+    Args:
+      dump: folder for schedules.
+      profile: write static profiles there too.
+    """
     flags = [f"--xla_jf_dump_to={dump}", "--xla_jf_dump_llo_text=true"]
     flags += ["--xla_jf_dump_llo_pass_label_regex=.*final_bundles.*"]
     flags += [f"--xla_jf_dump_static_llo_profile_to={dump}"] * profile

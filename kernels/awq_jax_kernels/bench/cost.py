@@ -7,6 +7,10 @@ For the kernel, whose copies and core overlap::
     drain = latency + last share of y / BW
     t     = fill + max(core, rest of the bytes / BW + core / steps, flops / peak) + drain
 
+Between the operations of a decode step x and y lie in VMEM (``inside``; libtpu puts them there): fill is one latency
+and the first piece of the weight, and there is no drain. Where blocks are waited for by tile, a tile takes the place of
+a step.
+
 A core-bound kernel waits for first pieces, a copy-bound one computes its last block after the last byte. `core` comes
 from the same program without its weight copies: libtpu's static profile plays the scheduled instructions, with the
 matrix unit's stalls; its waits for x and y, at 982 bytes a cycle, are taken off. Without a profile (v4, v7x) `core` is
@@ -25,7 +29,7 @@ from typing import Any
 from awq_jax_kernels.aot.schedule import LATENCY_CYCLES, profile_waits
 from awq_jax_kernels.aot.tpu import Compiled
 from awq_jax_kernels.chips import TPUS, Tpu
-from awq_jax_kernels.int4_matmul.config import BlockConfig
+from awq_jax_kernels.int4_matmul.config import BlockConfig, resident
 
 __all__ = ["Cost", "bf16_bound_us", "kernel_cost", "xla_cost"]
 
@@ -68,7 +72,16 @@ def _flops_ns(tpu: Tpu, m: int, k: int, n: int) -> float:
 
 
 def kernel_cost(
-    generation: str, config: BlockConfig, still: Compiled, m: int, k: int, n: int, g: int, *, zeros: bool
+    generation: str,
+    config: BlockConfig,
+    still: Compiled,
+    m: int,
+    k: int,
+    n: int,
+    g: int,
+    *,
+    zeros: bool,
+    inside: bool = False,
 ) -> Cost:
     """The model of the module's docstring.
 
@@ -78,25 +91,29 @@ def kernel_cost(
       still: the compiled program without weight copies.
       m, k, n, g: the product's sizes.
       zeros: the weight has zero points.
+      inside: x and y lie in VMEM; `still` is then compiled so too.
     """
     tpu = TPUS[generation]
     bm = -(-min(config.bm, m) // 16) * 16
     row_blocks, steps = -(-m // bm), n // config.bn // min(config.cores, tpu.cores)
     steps, fills = steps * row_blocks, row_blocks
-    x, y = bm * k * 2, bm * n * 2 / config.splits
+    x = 0.0 if inside else bm * k * 2
+    y = 0.0 if inside and config.cores == 1 else bm * n * 2 / config.splits  # two cores have no VMEM in common
     core, source = _core_ns(tpu, still, steps)
     if source == "cycles":
-        core -= profile_waits(x + y) / tpu.clock_ghz
-    core += _COPY_CYCLES * steps / tpu.clock_ghz
+        core -= sum(profile_waits(copied) for copied in (x, y) if copied) / tpu.clock_ghz
+    by_tile = config.by_tile and resident(config, m, k, n)
+    turns = steps * (config.bn // config.tile if by_tile else 1)  # what is waited for, one after the other
+    core += _COPY_CYCLES * turns / tpu.clock_ghz
     column = k / 2 + k // g * (3 if zeros else 2)
-    all_bytes = row_blocks * (column * n + x + bm * n * 2)
+    all_bytes = row_blocks * (column * n + x + y * config.splits)
     piece = column * config.tile * min(config.cores, tpu.cores)
     latency = LATENCY_CYCLES / tpu.clock_ghz
-    fill = latency + x / tpu.hbm_gb_s + fills * (latency + piece / tpu.hbm_gb_s)
-    drain = latency + y / tpu.hbm_gb_s
+    fill = fills * (latency + piece / tpu.hbm_gb_s) + (latency + x / tpu.hbm_gb_s if x else 0.0)
+    drain = latency + y / tpu.hbm_gb_s if y else 0.0
     rest = (all_bytes - x - y - fills * piece) / tpu.hbm_gb_s
     waits = 0.0 if config.buffers > 2 else latency * (steps - fills)
-    total = fill + max(core, rest + waits + core / steps, _flops_ns(tpu, m, k, n)) + drain
+    total = fill + max(core, rest + waits + core / turns, _flops_ns(tpu, m, k, n)) + drain
     return Cost(total / 1e3, core / 1e3, all_bytes / tpu.hbm_gb_s / 1e3, (fill + drain) / 1e3, still.temp_bytes, source)
 
 

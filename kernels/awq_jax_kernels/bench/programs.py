@@ -19,14 +19,17 @@ def operands(m: int, k: int, n: int, g: int = 128, zeros: bool = True) -> tuple[
     return of((m, k), "bfloat16"), of((k // 2, n), "int8"), of((k // g, n), "bfloat16"), zero
 
 
-def ours(config: dict[str, Any], *, still: bool = False, **shape: Any) -> tuple[Any, Any]:
-    """The kernel; `still` for what its core does without copies."""
+def ours(config: dict[str, Any], *, still: bool = False, inside: bool = False, **shape: Any) -> tuple[Any, Any]:
+    """The kernel; `still` for what its core does without copies, `inside` between operations that leave x in VMEM."""
 
     def product(*arrays: Any) -> Any:
         stacked = jax.tree.map(lambda leaf: leaf[None], arrays)
         return tpu_kernel.fused(*stacked, config=BlockConfig(**config), still=still)[0]
 
-    return product, operands(**shape)
+    def between(x: Any, *weight: Any) -> Any:
+        return jnp.tanh(product(jnp.tanh(x), *weight))
+
+    return between if inside else product, operands(**shape)
 
 
 def grouped(**shape: Any) -> tuple[Any, Any]:

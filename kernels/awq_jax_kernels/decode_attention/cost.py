@@ -8,9 +8,9 @@ The model is that of `awq_jax_kernels.bench.cost`::
     t     = fill + max(core, rest of the bytes / BW + turn) + drain
     core  = fixed + turn * turns
 
-A turn of the kernel's loop computes a few blocks. `fixed` and `turn` come from the static profiles of two programs
-without copies, one twice as long as the other; without a profile (v4, v7x) they are scheduled bundles. The kernel runs
-on one core: of a megacore it gets half the rate.
+Inside a step qkv and y lie in VMEM; neither waits for HBM. A turn of the loop computes a few blocks. `fixed`
+and `turn` come from the static profiles of two programs without copies, one twice as long as the other; without a
+profile (v4, v7x) they are scheduled bundles. The kernel runs on one core: of a megacore it gets half the rate.
 """
 
 import dataclasses
@@ -69,22 +69,21 @@ def core_of(generation: str, form: Form) -> Core:
     if one.cycles and two.cycles and name in one.cycles and name in two.cycles:
         first, second = _turns(sizes[0]), _turns(sizes[1])
         turn = (two.cycles[name] - one.cycles[name]) / (second - first)
-        waits = profile_waits(sum(_rows(form)))
+        waits = sum(map(profile_waits, _rows(form)))
         return Core(max(0.0, one.cycles[name] - first * turn - waits), turn, True)
     *outer, inner = (one.bundles or {})[name]
     return Core(sum(outer), inner, False)
 
 
-def microseconds(generation: str, form: Form, core: Core) -> float:
-    """Of one call that reads the whole span."""
+def microseconds(generation: str, form: Form, core: Core, *, inside: bool = False) -> float:
+    """Of one call that reads the whole span; `inside` a step, where qkv and y lie in VMEM."""
     tpu, plan = TPUS[generation], pallas_tpu.plan_of(form)
     rate, latency = tpu.hbm_gb_s / tpu.cores, LATENCY_CYCLES / tpu.clock_ghz
-    x, y = _rows(form)
+    at_rest = 0.0 if inside else 2 * latency + sum(_rows(form)) / rate
     block = 2 * plan.rows * (form.d * jnp.dtype(form.dtype).itemsize + (4 if form.dtype == "int8" else 0))
     rest = (form.batch * -(-form.span // plan.positions) - 1) * block
     busy = max(core.fixed + core.turn * _turns(form), rest / rate * tpu.clock_ghz + core.turn)
-    fill, drain = 2 * latency + (x + block) / rate, latency + y / rate
-    return (fill + busy / tpu.clock_ghz + drain) / 1e3
+    return (at_rest + latency + block / rate + busy / tpu.clock_ghz) / 1e3
 
 
 def _turns(form: Form) -> int:

@@ -10,8 +10,21 @@ import jax
 from awq_jax_kernels.chips import Tpu, tpu_of
 from awq_jax_kernels.int4_matmul.tuned_table import tuned_rows
 
-__all__ = ["BlockConfig", "Variant", "choose", "derive", "for_tpu", "here", "tuned_key", "vmem_bytes"]
+__all__ = [
+    "WHOLE",
+    "BlockConfig",
+    "Variant",
+    "choose",
+    "derive",
+    "for_tpu",
+    "here",
+    "resident",
+    "tuned_key",
+    "vmem_bytes",
+]
 
+WHOLE = 5 << 20
+"""Bytes of codes up to which a weight is a single block for few rows, whose tiles are unrolled."""
 Variant = Literal["A", "B", "D", "E", "F", "G"]
 
 
@@ -26,6 +39,8 @@ class BlockConfig:
       bn: columns of the weight in a block, a multiple of 128; the rows are all k.
       tile: columns that are computed at a time, so that their sums stay in registers.
       chunk: rows that E, F and G scale at a time, a multiple of 128.
+      by_tile: every block comes in tiles, each waited for by itself, where x and y are in VMEM (`resident`); else the
+        first block alone does.
       buffers: blocks of the weight in VMEM; all but one are on their way while one is computed.
       splits: shares of the columns that are written back one after the other, each while the next is computed.
       cores: 2 splits the columns over the cores of a megacore.
@@ -38,6 +53,7 @@ class BlockConfig:
     bn: int = 128
     tile: int = 128
     chunk: int = 128
+    by_tile: bool = False
     buffers: int = 3
     splits: int = 1
     cores: int = 1
@@ -62,7 +78,12 @@ def choose(m: int, k: int, n: int, g: int, *, zeros: bool, exact: bool) -> Block
 def for_tpu(tpu: Tpu, m: int, k: int, n: int, g: int, *, zeros: bool, exact: bool) -> BlockConfig:
     """`choose` for a given TPU."""
     tuned = None if exact else tuned_rows(tpu.name).get(tuned_key(m, k, n, g, zeros))
-    return BlockConfig(**tuned) if tuned else derive(m, k, n, g, tpu=tpu, exact=exact)
+    config = BlockConfig(**tuned) if tuned else derive(m, k, n, g, tpu=tpu, exact=exact)
+    if m > 16:
+        return config
+    # In a decode step XLA keeps activations and the weights that it fetches ahead in what is left of VMEM.
+    needed = max(16, -(-2 * vmem_bytes(config, m, k, n, g) >> 20))
+    return dataclasses.replace(config, vmem_mib=min(config.vmem_mib, needed))
 
 
 def derive(m: int, k: int, n: int, g: int, *, tpu: Tpu | None, exact: bool) -> BlockConfig:
@@ -83,15 +104,33 @@ def derive(m: int, k: int, n: int, g: int, *, tpu: Tpu | None, exact: bool) -> B
     cores = 2 if tpu is not None and tpu.megacore and n % 256 == 0 else 1
     chunk = next((c for c in (512, 256) if k % c == 0 and c % g == 0), g if g % 128 == 0 else 128)
     base = BlockConfig(variant, chunk=chunk, cores=cores, vmem_mib=14 if tpu is None else tpu.vmem_mib * 7 // 8)
+    few = m <= 16 and cores == 1
+    if (
+        few and tpu is not None and k * n // 2 <= WHOLE
+    ):  # a share of a weight: a turn of a loop costs more than it brings
+        tile = next((t for t in (512, 256, 128) if n % t == 0 and n <= 8 * t), 0)
+        config = dataclasses.replace(base, bm=16, bn=n, tile=tile, by_tile=True, buffers=1)
+        if tile and vmem_bytes(config, m, k, n, g) <= config.vmem_mib << 20:
+            return config
     for bm in (512, 256, 128, 64, 32, 16):
         for bn in (1024, 512, 256, 128):
             blocks = n // (bn * cores)
             splits = max(s for s in (1, 2, 3, 4, 6, 7, 8) if (m > 32 and blocks % s == 0 and blocks > s) or s == 1)
-            config = dataclasses.replace(base, bm=bm, bn=bn, tile=min(bn, 256), splits=splits)
+            by_tile = few and splits == 1 and blocks <= 8  # of more, the last ends soon enough
+            config = dataclasses.replace(base, bm=bm, bn=bn, tile=min(bn, 256), by_tile=by_tile, splits=splits)
             small = bn == 128 or k * bn <= 3 << 21
             if n % (bn * cores) == 0 and small and vmem_bytes(config, m, k, n, g) <= config.vmem_mib << 20:
                 return config
     return dataclasses.replace(base, bm=16, buffers=2)
+
+
+def resident(config: BlockConfig, m: int, k: int, n: int) -> bool:
+    """Whether all of x and y lie in VMEM, where the operations around a decode step's products leave and want them.
+
+    Copies of blocks would wait for two latencies of HBM more, which a product of a share of a weight notices.
+    """
+    room = (5 if config.vmem_mib >= 16 else 1) << 20
+    return config.cores == config.splits == 1 and m <= config.bm and 2 * m * (k + n) <= room
 
 
 def vmem_bytes(config: BlockConfig, m: int, k: int, n: int, g: int) -> int:

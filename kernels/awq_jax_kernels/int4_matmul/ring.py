@@ -20,8 +20,7 @@ class Ring:
     Attributes:
       arrays: in HBM, ``[e, rows, n]`` each.
       slots: in VMEM, ``[buffers, rows, bn]`` each.
-      arrived: semaphores ``[buffers, arrays]`` of whole blocks.
-      arrived_first: semaphores ``[pieces, arrays]`` of the first block's pieces.
+      arrived: semaphores ``[buffers, pieces, arrays]``; a block that comes whole has the first piece's.
       expert: index of the weight among ``e``.
       base: column that block 0 starts at.
       still: copy nothing.
@@ -30,7 +29,6 @@ class Ring:
     arrays: Sequence[Any]
     slots: Sequence[Any]
     arrived: Any
-    arrived_first: Any
     expert: Any
     base: Any
     still: bool
@@ -44,37 +42,29 @@ class Ring:
         """The slot of a block."""
         return [slot.at[self._slot(block)] for slot in self.slots]
 
-    def start(self, block: Any) -> None:
-        """Send for a block; the one that was in its slot must be done with."""
-        for copy in self._block(block):
-            copy.start()
+    def start(self, block: Any, pieces: int = 1) -> None:
+        """Send for a block, in pieces; the one that was in its slot must be done with."""
+        for piece in range(pieces):
+            for copy in self._copies(block, piece, pieces):
+                copy.start()
 
-    def wait(self, block: Any) -> None:
-        """Wait for a block that was sent for."""
-        for copy in self._block(block):
-            copy.wait()
-
-    def start_piece(self, piece: int, width: int) -> None:
-        """Send for columns ``piece * width`` and on of block 0."""
-        for copy in self._copies(piece * width, width, 0, piece * width, self.arrived_first.at[piece]):
-            copy.start()
-
-    def wait_piece(self, piece: int, width: int) -> None:
-        """Wait for a piece of block 0."""
-        for copy in self._copies(piece * width, width, 0, piece * width, self.arrived_first.at[piece]):
+    def wait(self, block: Any, piece: int = 0, pieces: int = 1) -> None:
+        """Wait for a piece of a block that was sent for in so many."""
+        for copy in self._copies(block, piece, pieces):
             copy.wait()
 
     def _slot(self, block: Any) -> Any:
         return jax.lax.rem(jnp.asarray(block, jnp.int32), jnp.int32(self.buffers))
 
-    def _block(self, block: Any) -> list[Any]:
+    def _copies(self, block: Any, piece: int, pieces: int) -> list[Any]:
         slot, bn = self._slot(block), self.slots[0].shape[2]
-        return self._copies(block * bn, bn, slot, 0, self.arrived.at[slot])
-
-    def _copies(self, start: Any, width: int, slot: Any, at: int, arrived: Any) -> list[Any]:
-        place = pl.ds(pl.multiple_of(self.base + start, width), width)
+        width = bn // pieces
+        place = pl.ds(pl.multiple_of(self.base + block * bn + piece * width, width), width)
+        inside = pl.ds(piece * width, width)
         pairs = [] if self.still else enumerate(zip(self.arrays, self.slots, strict=True))
         return [
-            pltpu.make_async_copy(array.at[self.expert, :, place], into.at[slot, :, pl.ds(at, width)], arrived.at[t])
+            pltpu.make_async_copy(
+                array.at[self.expert, :, place], into.at[slot, :, inside], self.arrived.at[slot, piece, t]
+            )
             for t, (array, into) in pairs
         ]

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """The Mosaic kernel behind `pallas_tpu`.
 
-A program instance holds a block of x in VMEM and walks over its share of the weight's columns. Blocks of whole
-columns, codes with their scales and zero points, come through a ring of buffers that the kernel fills itself: with
-three or more of them a copy is always under way, which the two of a Pallas grid can't promise, and x is made ready
-while the first block travels.
+A program instance holds a block of x in VMEM and walks over its share of the weight's columns; of few rows there is one
+instance, and all of x and y lie in VMEM (`config.resident`). Blocks of whole columns, codes with their scales and zero
+points, come through a ring of buffers that the kernel fills itself: with three or more of them a copy is always under
+way, which the two of a Pallas grid can't promise, and x is made ready while the first block travels.
 
 A, B and D multiply the codes as they are and scale each group's partial sum. What zero points and the offset of the
 codes add is one thin product per block, ``sums of x over groups @ ((zero + offset) * scale)``. E and F scale a chunk of
@@ -20,7 +20,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, BFloat16, Float, Int8, Int32
 
-from awq_jax_kernels.int4_matmul.config import BlockConfig
+from awq_jax_kernels.int4_matmul.config import BlockConfig, resident
 from awq_jax_kernels.int4_matmul.ring import Ring
 from awq_jax_kernels.int4_matmul.unpack import OFFSET, ROWS, permutation, split, unpack_a, unpack_b, unpack_d
 
@@ -61,26 +61,40 @@ def fused(
     scratch = _scratch(config, bm, k, groups, order, symmetric=zero is None)
     dtype = jnp.dtype(out_dtype or x.dtype)
     rings = [pltpu.VMEM((config.buffers, w.shape[1], config.bn), w.dtype) for w in weights]
+    arrived = pltpu.SemaphoreType.DMA((config.buffers, config.bn // config.tile, len(weights)))
+    everything = [rings, arrived, list(scratch.values())]
+    kernel = functools.partial(_kernel, config=config, names=tuple(scratch), order=order, still=still)
+    options: dict[str, Any] = {
+        "interpret": pltpu.InterpretParams() if config.interpret is True else config.interpret,
+        "name": "int4_matmul",
+    }
+    in_hbm = [pl.BlockSpec(memory_space=pl.ANY) for _ in weights]
+    if b == 1 and experts is None and resident(config, m, k, n):
+        pieces = config.bn // config.tile if config.by_tile else 1
+        in_vmem = pl.BlockSpec(memory_space=pltpu.VMEM)
+        padded = [] if m == bm else [pltpu.VMEM((bm, k), x.dtype)]  # a matrix unit takes 16 rows or more
+        y = pl.pallas_call(
+            functools.partial(_alone, functools.partial(kernel, pieces=pieces), len(padded)),
+            in_specs=[in_vmem, in_hbm],
+            out_specs=in_vmem,
+            scratch_shapes=[*padded, *everything],
+            out_shape=_like((m, n), dtype, x, *weights),
+            compiler_params=pltpu.CompilerParams(vmem_limit_bytes=config.vmem_mib << 20),
+            **options,
+        )(x[0], list(weights))
+        return y[None]
     prefetched = [] if experts is None else [experts]
     return pl.pallas_call(
-        functools.partial(_kernel, config=config, names=tuple(scratch), order=order, still=still),
+        functools.partial(_in_grid, kernel, len(prefetched)),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=len(prefetched),
             grid=(config.cores, b, pl.cdiv(m, bm), config.splits),
-            in_specs=[
-                pl.BlockSpec((None, bm, k), lambda core, e, i, split, *_: (e, i, 0)),
-                [pl.BlockSpec(memory_space=pl.ANY) for _ in weights],
-            ],
+            in_specs=[pl.BlockSpec((None, bm, k), lambda core, e, i, split, *_: (e, i, 0)), in_hbm],
             out_specs=pl.BlockSpec(
                 (None, bm, n // config.cores // config.splits),
                 lambda core, e, i, split, *_: (e, i, core * config.splits + split),
             ),
-            scratch_shapes=[
-                rings,
-                pltpu.SemaphoreType.DMA((config.buffers, len(weights))),
-                pltpu.SemaphoreType.DMA((config.bn // config.tile, len(weights))),
-                list(scratch.values()),
-            ],
+            scratch_shapes=everything,
         ),
         out_shape=_like((b, m, n), dtype, x, *weights),
         compiler_params=pltpu.CompilerParams(
@@ -92,8 +106,7 @@ def fused(
             ),
             vmem_limit_bytes=config.vmem_mib << 20,
         ),
-        interpret=pltpu.InterpretParams() if config.interpret is True else config.interpret,
-        name="int4_matmul",
+        **options,
     )(*prefetched, x, list(weights))
 
 
@@ -115,41 +128,70 @@ def _scratch(config: BlockConfig, bm: int, k: int, groups: int, order: int, *, s
     return kept
 
 
-def _kernel(*refs: Any, config: BlockConfig, names: tuple[str, ...], order: int, still: bool) -> None:
-    *experts_ref, x_ref, weights, out_ref, rings, arrived, arrived_first, scratch = refs
+def _in_grid(kernel: Any, prefetched: int, *refs: Any) -> None:
+    """One instance of a grid over cores, weights, blocks of rows and shares of columns."""
+    expert = refs[0][pl.program_id(1)] if prefetched else pl.program_id(1)
+    kernel(expert, pl.program_id(0), pl.program_id(3), *refs[prefetched:])
+
+
+def _alone(kernel: Any, padded: int, x_ref: Any, weights: Any, out_ref: Any, *refs: Any) -> None:
+    """The one instance there is; x is brought to whole tiles of rows, of which the last are anything."""
+    if padded:
+        refs[0][: x_ref.shape[0]] = x_ref[...]
+        x_ref = refs[0]
+    kernel(0, 0, 0, x_ref, weights, out_ref, *refs[padded:])
+
+
+def _kernel(
+    expert: Any,
+    core: Any,
+    share: Any,
+    x_ref: Any,
+    weights: Any,
+    out_ref: Any,
+    rings: Any,
+    arrived: Any,
+    scratch: Any,
+    *,
+    config: BlockConfig,
+    names: tuple[str, ...],
+    order: int,
+    still: bool,
+    pieces: int = 1,
+) -> None:
     kept = dict(zip(names, scratch, strict=True))
     groups, tile = weights[1].shape[1], config.tile
     g = x_ref.shape[1] // groups
-    here, pieces = out_ref.shape[1] // config.bn, config.bn // tile  # blocks of this share, tiles of a block
-    share, everything = pl.program_id(3), here * config.splits
-    expert = experts_ref[0][pl.program_id(1)] if experts_ref else pl.program_id(1)
-    base = pl.program_id(0) * everything * config.bn
-    ring = Ring(weights, rings, arrived, arrived_first, expert, base, still)
+    here, tiles = out_ref.shape[1] // config.bn, config.bn // tile  # blocks of this share, tiles of a block
+    everything = here * config.splits
+    base = core * everything * config.bn
+    ring = Ring(weights, rings, arrived, expert, base, still)
 
     def compute(i: Any, piece: int) -> None:
         columns = pl.ds(piece * tile, tile)
         y = _tile(x_ref, ring.at(share * here + i), columns, kept, g=g, config=config, order=order)
-        out_ref[:, pl.ds(pl.multiple_of(i * config.bn + piece * tile, 128), tile)] = y.astype(out_ref.dtype)
+        place = pl.ds(pl.multiple_of(i * config.bn + piece * tile, 128), tile)
+        out_ref[:, place] = y[: out_ref.shape[0]].astype(out_ref.dtype)
+
+    def take(i: Any, pieces: int) -> None:
+        for piece in range(tiles):
+            if piece % (tiles // pieces) == 0:
+                ring.wait(share * here + i, piece // (tiles // pieces), pieces)
+            compute(i, piece)
 
     def first() -> None:
         """Nothing hides the first bytes, so the first block comes and is computed in pieces."""
-        for piece in range(pieces):
-            ring.start_piece(piece, tile)
+        ring.start(0, tiles)
         for block in range(1, min(config.buffers, everything)):
-            ring.start(block)
+            ring.start(block, pieces)
         if kept:
             _prepare_x(x_ref, kept, g, order)
-        for piece in range(pieces):
-            ring.wait_piece(piece, tile)
-            compute(0, piece)
+        take(0, tiles)
 
     def step(i: Any) -> None:
-        block = share * here + i
-        ahead = block + config.buffers - 1
-        pl.when(ahead < everything)(lambda: ring.start(ahead))
-        ring.wait(block)
-        for piece in range(pieces):
-            compute(i, piece)
+        ahead = share * here + i + config.buffers - 1
+        pl.when(ahead < everything)(lambda: ring.start(ahead, pieces))
+        take(i, pieces)
 
     if config.splits == 1:
         first()

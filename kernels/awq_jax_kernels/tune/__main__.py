@@ -24,13 +24,14 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--shape", help="KxN, comma-separated; the four of the benchmark without it")
     parser.add_argument("--m", default="16,32,64,128,512")
     parser.add_argument("--group", type=int, default=128)
+    parser.add_argument("--inside", action="store_true", help="as in a decode step, with x and y in VMEM")
     parser.add_argument("--out", type=Path, default=Path(configs.__file__).parent / "tuned")
     args = parser.parse_args(argv)
     file = args.out / f"{args.gen}.json"
     table = json.loads(file.read_text())["configs"] if file.exists() else {}
     for k, n in parse_shapes(args.shape):
         for m in map(int, args.m.split(",")):
-            us, best = tune(args.gen, m, k, n, args.group)
+            us, best = tune(args.gen, m, k, n, args.group, inside=args.inside)
             changed = {name: v for name, v in vars(best).items() if name != "interpret"}
             for zeros in (True, False):
                 table[tuned_key(m, k, n, args.group, zeros)] = changed
@@ -40,17 +41,22 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def tune(generation: str, m: int, k: int, n: int, g: int) -> tuple[float, BlockConfig]:
+def tune(generation: str, m: int, k: int, n: int, g: int, *, inside: bool = False) -> tuple[float, BlockConfig]:
     """The cheapest candidate and its microseconds, by `awq_jax_kernels.bench.cost`.
+
+    Args:
+      generation: key of `TPUS`.
+      m, k, n, g: the product's sizes.
+      inside: between the operations of a decode step, with x and y in VMEM.
 
     Raises:
       RuntimeError: none compiles.
     """
     tried = candidates(generation, m, k, n, g)
-    programs = [program("ours", m=m, k=k, n=n, g=g, still=True, config=vars(c)) for c in tried]
+    programs = [program("ours", m=m, k=k, n=n, g=g, still=True, inside=inside, config=vars(c)) for c in tried]
     compiled = compile_programs(programs, generation)
     ranked = [
-        (kernel_cost(generation, config, result, m, k, n, g, zeros=True).us, config)
+        (kernel_cost(generation, config, result, m, k, n, g, zeros=True, inside=inside).us, config)
         for config, result in zip(tried, compiled, strict=True)
         if not result.error
     ]
