@@ -48,6 +48,11 @@ def _observe(
     return calibrate(observer(config, plan, tokens), params, (hidden, mask), has_aux=True)
 
 
+@jax.jit
+def _first(chunks: Float[Array, "c b t d"]) -> Float[Array, "1 b t d"]:
+    return chunks[:1]
+
+
 @partial(jax.jit, static_argnames="config")
 def _pass(params: Params, streams: Float[Array, "s b t d"], *, config: DecoderConfig) -> Float[Array, "s b t d"]:
     """Streams through a layer, one after the other."""
@@ -58,16 +63,17 @@ def _pass(params: Params, streams: Float[Array, "s b t d"], *, config: DecoderCo
 def _each_rounded(
     params: Params,
     stats: Mapping[str, ActStats],
-    hidden: Float[Array, "b t d"],
-    mask: Bool[Array, "b t"],
+    plain: Float[Array, "1 b t d"],
+    mask: Bool[Array, "c b t"],
     *,
     config: DecoderConfig,
     plan: LayerPlan,
     units: Units,
 ) -> Float[Array, "s b t d"]:
     """Outputs of a layer in which one unit at a time is rounded."""
+    hidden, keep = plain[0], mask[0]
     gram = plan.search.objective == "gram"
-    loss = (lambda group: None) if gram else block_loss(config, params, hidden, mask, plan)
+    loss = (lambda group: None) if gram else block_loss(config, params, hidden, keep, plan)
     found = quantize_layer(params, stats, plan, loss)
     outputs = []
     for unit in units:
@@ -81,9 +87,9 @@ def _each_rounded(
 @partial(jax.jit, static_argnames="config")
 def _divergence(
     stem: Params,
-    hidden: Float[Array, "b t d"],
+    plain: Float[Array, "1 b t d"],
     streams: Float[Array, "s b t d"],
-    mask: Bool[Array, "b t"],
+    mask: Bool[Array, "c b t"],
     *,
     config: DecoderConfig,
 ) -> Float[Array, " s"]:
@@ -96,8 +102,8 @@ def _divergence(
         kl = lambda other: jnp.sum(jnp.exp(base) * (base - log_p(other)), axis=-1)
         return jax.lax.map(lambda other: jnp.sum(jnp.where(keep, kl(other), 0.0)), others)
 
-    sums = jax.lax.map(of_sample, (hidden, jnp.moveaxis(streams, 1, 0), mask))
-    return sums.sum(0) / jnp.maximum(mask.sum(dtype=jnp.float32), 1.0)
+    sums = jax.lax.map(of_sample, (plain[0], jnp.moveaxis(streams, 1, 0), mask[0]))
+    return sums.sum(0) / jnp.maximum(mask[0].sum(dtype=jnp.float32), 1.0)
 
 
 def divergences(
@@ -130,7 +136,8 @@ def divergences(
     config, (tokens, mask) = checkpoint.config, map(layout.activations, batches)
     stem, counted = layout.whole(checkpoint.stem()), int(batches[1].sum())
     hidden = layout.hidden(jax.jit(embed, static_argnums=0)(config, stem, tokens))
-    plain = layout.hidden(hidden[:1])  # the float model's stream, computed as the others are
+    # The float model's stream, computed as the others are. Of several processes none can index what all hold.
+    plain = layout.hidden(_first(hidden))
     kept: list[list[np.ndarray]] = []
     for index, plans in enumerate(zip(*versions, strict=True)):
         hosts.meet(f"measuring layer {index}")
@@ -142,7 +149,7 @@ def divergences(
         made = []
         for plan in plans if units[index] else ():
             with jax.default_matmul_precision(_EXACT):
-                streams = _each_rounded(params, stats, plain[0], mask[0], config=at, plan=plan, units=units[index])
+                streams = _each_rounded(params, stats, plain, mask, config=at, plan=plan, units=units[index])
             made.append(layout.fetch_chunks(layout.hidden(streams)))
         kept.append(made)
         with jax.default_matmul_precision(_EXACT):
@@ -150,6 +157,6 @@ def divergences(
         hidden = layout.hidden(after)
         measuring(index + 1, config.num_layers)
     with jax.default_matmul_precision(_EXACT):
-        lost = lambda array: _divergence(stem, plain[0], layout.hidden(array), mask[0], config=config)
+        lost = lambda array: _divergence(stem, plain, layout.hidden(array), mask, config=config)
         found = [[layout.fetch(lost(array)) for array in rows] for rows in kept]
     return [np.stack(rows, axis=1).tolist() if rows else [] for rows in found]

@@ -20,7 +20,7 @@ from typing import Any
 import jax
 
 from awq_jax import stdlib_text
-from awq_jax._spec import GPTQSpec, QuantSpec, Recipe, RefineSpec, SearchSpec, rule
+from awq_jax._spec import GPTQSpec, QuantSpec, Recipe, RefineSpec, SearchSpec, SmoothSpec, rule
 from awq_jax.demo import MODEL, plant_checkpoint
 from awq_jax.pipeline import quantize_checkpoint
 from awq_jax.run import evaluate_checkpoint
@@ -56,6 +56,20 @@ def recipes() -> dict[str, Recipe]:
         "paper": Recipe(search=only("paper")),
         "duo": Recipe(search=only("duo")),
         "awq, Gram of all tokens": Recipe(search=SearchSpec(tokens_per_channel=None)),
+        **w8a8_recipes(),
+    }
+
+
+def w8a8_recipes() -> dict[str, Recipe]:
+    """Rows with int8 activations, which have a table of their own."""
+    token, tensor = QuantSpec.w8a8(), QuantSpec.w8a8("tensor")
+    half = SmoothSpec(alphas=(0.5,))
+    return {
+        "W8A8 nearest, by token": Recipe(method="minmax", quant=token),
+        "W8A8 nearest, one static step": Recipe(method="minmax", quant=tensor),
+        "W8A8 smoothquant, alpha 0.5, by token": Recipe(method="smoothquant", quant=token, smooth=half),
+        "W8A8 smoothquant, searched, by token": Recipe(method="smoothquant", quant=token),
+        "W8A8 smoothquant, searched, one static step": Recipe(method="smoothquant", quant=tensor),
     }
 
 
@@ -101,7 +115,8 @@ def measure(subject: Subject, recipe: Recipe, bits: int) -> dict[str, Any]:
     seq_len = min(512, HFCheckpoint.open(subject.src).config.max_position_embeddings)
     with tempfile.TemporaryDirectory() as home:
         out = pathlib.Path(home) / "out"
-        recipe = dataclasses.replace(recipe, quant=QuantSpec(bits=bits))
+        if recipe.quant.activations == "float":
+            recipe = dataclasses.replace(recipe, quant=QuantSpec(bits=bits))
         report = quantize_checkpoint(
             subject.src, out, recipe=recipe, calib=subject.calib, seq_len=seq_len, format="native"
         )
@@ -114,9 +129,9 @@ Cells = dict[str, dict[tuple[str, int], float]]
 
 
 def _cells(rows: list[dict[str, Any]]) -> Cells:
-    """KL by recipe, and by model and width."""
+    """KL by recipe, and by model and width, of weights alone."""
     cells: Cells = {}
-    for row in rows:
+    for row in (row for row in rows if row["recipe"] not in w8a8_recipes()):
         cells.setdefault(row["recipe"], {})[row["model"], row["bits"]] = row["kl"]
     return cells
 
@@ -142,6 +157,22 @@ def to_markdown(rows: list[dict[str, Any]]) -> str:
         if lines:
             tables.append(_table(["recipe", *(f"{model} INT{bits}" for model, bits in columns)], lines))
     return "\n\n".join(tables)
+
+
+def w8a8_table(rows: list[dict[str, Any]]) -> str:
+    """Rows with int8 activations."""
+    lines = [
+        [
+            row["model"],
+            row["recipe"],
+            f"{row['perplexity']:.2f}",
+            f"{row['kl']:.4f}",
+            f"{100 * row['top1']:.1f} %",
+        ]
+        for row in rows
+        if row["recipe"] in w8a8_recipes()
+    ]
+    return _table(["model", "recipe", "perplexity", "KL to dense", "same top-1"], lines) if lines else ""
 
 
 def below_nearest(rows: list[dict[str, Any]]) -> str:
@@ -182,10 +213,11 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as home:
         models = subjects(pathlib.Path(home), a)
         for name, recipe in recipes().items():
-            for bits in a.bits:
+            int8 = name in w8a8_recipes()
+            for bits in (8,) if int8 else a.bits:
                 for model, subject in models.items():
                     asked = (not a.only or name in a.only) and (not a.on or model in a.on)
-                    if not asked or (model != "plain" and name not in ON_EVERY):
+                    if not asked or (model != "plain" and name not in ON_EVERY and not int8):
                         continue
                     row = {"model": model, "bits": bits, "recipe": name, **measure(subject, recipe, bits)}
                     found[model, bits, name] = row
@@ -194,7 +226,7 @@ def main() -> None:
                     versions = {"python": platform.python_version(), "jax": jax.__version__}
                     record = {"versions": versions, **({"note": note} if note else {}), "rows": rows}
                     a.out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    print(to_markdown(rows), below_nearest(rows), sep="\n\n")
+    print(to_markdown(rows), below_nearest(rows), w8a8_table(rows), sep="\n\n")
 
 
 if __name__ == "__main__":

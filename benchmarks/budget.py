@@ -47,11 +47,12 @@ def main() -> None:
     p = argparse.ArgumentParser(description=str(__doc__).splitlines()[0], allow_abbrev=False)
     p.add_argument("--model", type=pathlib.Path, default=MODEL)
     p.add_argument("--method", default="awq")
-    p.add_argument("--budgets", type=float, nargs="+", default=[3.1875, 3.5, 4.0, 4.1875, 4.25, 5.0])
+    p.add_argument("--budgets", type=float, nargs="+", default=[3.1875, 4.1875, 3.5, 4.0, 4.25, 5.0])
     p.add_argument("--uniform", type=int, nargs="*", default=[3, 4])
     p.add_argument("--out", type=pathlib.Path, default=RESULTS)
     a = p.parse_args()
     recipe, rows = Recipe(method=a.method), []
+    a.out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as home:
         work = pathlib.Path(home)
         calib, text = work / "calib.txt", work / "text.txt"
@@ -75,6 +76,14 @@ def main() -> None:
             row = {"name": name, "mean": mean, **dataclasses.asdict(found), "fell_back": fell_back, **more}
             rows.append({"method": a.method, **row})
             print(json.dumps(row), flush=True)
+            record = {
+                "versions": {"python": platform.python_version(), "jax": jax.__version__},
+                "widths": asked.widths,
+                "seconds_measuring": seconds,
+                "divergences": kl,
+                "rows": rows,
+            }
+            a.out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 
         groups = sum(map(len, asked.units))
         for bits in a.uniform:
@@ -87,15 +96,6 @@ def main() -> None:
             bits = [[*choice.sinks, choice.bits] for choice in chosen.choices]
             more = {"units": units, "predicted": chosen.predicted, "bits": bits}
             add(f"budget {budget:g}", chosen.recorded(recipe), chosen.mean, **more)
-    a.out.parent.mkdir(parents=True, exist_ok=True)
-    record = {
-        "versions": {"python": platform.python_version(), "jax": jax.__version__},
-        "widths": asked.widths,
-        "seconds_measuring": seconds,
-        "divergences": kl,
-        "rows": rows,
-    }
-    a.out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     print(to_markdown(rows))
 
 

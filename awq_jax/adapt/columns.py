@@ -106,6 +106,8 @@ def _slices(primitive: str, params: dict[str, Any], shape: Sequence[int]) -> Ite
     if primitive == "split":
         stops = np.cumsum(params["sizes"]).tolist()
         yield from ((int(params["axis"]), start, stop) for start, stop in zip([0, *stops], stops, strict=False))
+    if primitive == "unstack":  # iteration, since jax 0.12
+        yield from ((int(params["axis"]), i, i + 1) for i in range(shape[params["axis"]]))
     if primitive == "slice" and all(stride == 1 for stride in params["strides"] or ()):
         bounds = list(zip(params["start_indices"], params["limit_indices"], shape, strict=True))
         cut = [(axis, a, b) for axis, (a, b, size) in enumerate(bounds) if b - a < size]

@@ -6,6 +6,7 @@ from functools import partial
 from typing import Any
 
 import jax
+from jax.sharding import AxisType, PartitionSpec
 from jaxtyping import Array
 
 from awq_jax._spec import Recipe, SearchSpec
@@ -63,10 +64,10 @@ def observing(
         stride = search.stride(rows.shape[-2], rows.shape[-1])
         kept = None if keep is None else mask_rows(keep, free, path)
         block = rows_kept[path] if rows_kept[path] < table.weights[path].k else None  # a shard has fewer
-        one = lambda x: observe_rows(x, kept, stride=stride, histogram=histogram, block=block)
+        one = partial(observe_rows, stride=stride, histogram=histogram, block=block)
         for _ in rows.shape[:-2]:
-            one = jax.vmap(one)
-        return one(rows)
+            one = jax.vmap(one, in_axes=(0, None))
+        return _placed_by_compiler(one)(rows, kept)
 
     def watched(params: Any, *args: Any) -> Any:
         refuse_misfits(params, table, whole=False)
@@ -76,6 +77,12 @@ def observing(
         return outputs, recorder.collected
 
     return watched
+
+
+def _placed_by_compiler(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A sum over tokens, wherever these lie; where the axes of a mesh are explicit, its result is replicated."""
+    explicit = AxisType.Explicit in getattr(jax.sharding.get_abstract_mesh(), "axis_types", ())
+    return jax.sharding.auto_axes(function, out_sharding=PartitionSpec()) if explicit else function
 
 
 def merge_tree(a: dict[str, ActStats] | None, b: dict[str, ActStats]) -> dict[str, ActStats]:

@@ -17,6 +17,7 @@ if int(transformers.__version__.split(".")[0]) > 4:
         allow_module_level=True,
     )
 
+from awq_jax.adapt import Columns  # noqa: E402
 from tests.adapters.served import check_client, rules  # noqa: E402
 
 pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.usefixtures("their_promotion")]
@@ -58,5 +59,8 @@ def test_gpt2():
     assert rules(table) == {
         layer + "ln_1/scale": {layer + "attn/c_attn/kernel"},
         layer + "ln_2/scale": {layer + "mlp/c_fc/kernel"},
+        layer + "attn/c_attn/kernel": {layer + "attn/c_proj/kernel"},
     }
+    (v,) = (group.columns for group in table.groups if group.producer == layer + "attn/c_attn/kernel")
+    assert v == Columns(period=192, start=128, stop=192)
     assert "gather" in table.left["transformer/wte/embedding"]

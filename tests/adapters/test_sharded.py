@@ -65,7 +65,18 @@ def by_placement(params, x, table, of_kernel, of_x):
     return jax.jit(adapt.observing(mlp, table))(params, jax.device_put(x, NamedSharding(MESH(), of_x)))[1]
 
 
+def by_explicit_axes(params, x, table):
+    """Sharding in types: a sum over a sharded axis has to say where it goes."""
+    mesh = jax.make_mesh((8,), ("i",), axis_types=(AxisType.Explicit,))
+    place = lambda leaf, spec: jax.device_put(leaf, NamedSharding(mesh, spec))
+    with jax.set_mesh(mesh):
+        rows = lambda leaf: place(leaf, P("i", None) if leaf.ndim == 2 else P())
+        stats = jax.jit(adapt.observing(mlp, table))(jax.tree.map(rows, params), place(x, P("i")))[1]
+    return jax.tree.map(lambda leaf: jnp.asarray(np.asarray(leaf)), stats)
+
+
 WAYS = {
+    "explicit": by_explicit_axes,
     "pmap": by_pmap,
     "shard_map": by_shard_map,
     "data": functools.partial(by_placement, of_kernel=P(), of_x=P("i")),

@@ -49,7 +49,8 @@ class Reached:
             said = refusal(directory, opened, form)
         finally:
             sys.settrace(None)
-        return self.lines | {re.sub(r"'[^']*'|[0-9.e+-]+|/\S+", "", said)[:60]}
+        words = re.sub(r"/\S+|'[^']*'|[^a-z ]+", " ", said.lower()).split()
+        return self.lines | {" ".join(words[:4])}
 
 
 def fewest(rows: list[tuple[dict[str, Any], set[Any]]]) -> list[dict[str, Any]]:

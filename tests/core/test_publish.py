@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from awq_jax._publish import published, rename, sync_directory
+from awq_jax._manifest import verify
+from awq_jax._publish import published, rename, sync_directory, write_manifest
 
 
 @pytest.fixture
@@ -107,3 +108,13 @@ def test_directories_that_cannot_be_flushed_are_no_failure(tmp_path: Path, monke
 def test_the_root_is_no_output():
     with pytest.raises(ValueError, match="/ can't be an output; give the name of a directory to create"):
         published("/").__enter__()
+
+
+def test_what_has_a_manifest_is_ours_to_replace(tmp_path: Path):
+    """As comparisons and demos have, whose directories are no checkpoints."""
+    for text in ("old", "new"):
+        with published(tmp_path / "out", overwrite=text == "new") as work:
+            (work / "report.md").write_text(text)
+            write_manifest(work, format="comparison")
+    assert (tmp_path / "out" / "report.md").read_text() == "new"
+    assert verify(tmp_path / "out") == 1

@@ -88,6 +88,18 @@ def test_a_sensitivity_is_the_divergence_of_the_model_with_that_group_alone_roun
     assert found[0][1][0] == pytest.approx(wanted, rel=1e-3, abs=1e-7)
 
 
+@pytest.mark.slow
+def test_a_mesh_measures_the_same(source: Path):
+    checkpoint, plans, recipe = open_planned(source, PLAIN, "native")
+    asked = Question.of(checkpoint, plans, recipe, "native", BUDGET)
+    versions = [asked.version(bits) for bits in (3, 8)]
+    one, spread = (
+        divergences(checkpoint, versions, asked.units, chunks_of(calib(), 2), layout=Layout(axes), hosts=Hosts())
+        for axes in (None, {"data": 2, "model": 2})
+    )
+    np.testing.assert_allclose(np.array(spread), np.array(one), rtol=1e-3, atol=1e-7)
+
+
 def test_uniform_bits_that_fit_are_never_better(made: tuple[Path, Any]):
     """Of what was measured: three bits for all fit the budget, so what was chosen loses at most as much."""
     budget = made[1].budget

@@ -47,6 +47,20 @@ def test_a_link_out_of_the_source_is_not_copied(damaged: Path, tmp_path: Path, c
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("name", ["tokenizer.json", "config.json"])
+def test_a_link_out_of_the_source_is_not_read(damaged: Path, tmp_path: Path, capsys, name: str):
+    (damaged / name).rename(tmp_path / name)
+    (damaged / name).symlink_to(tmp_path / name)
+    assert quantize(damaged, tmp_path / "out") == 2
+    assert f"{name} is a link to" in capsys.readouterr().err
+
+
+def test_a_comparison_does_not_replace_its_source(damaged: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    for out in (damaged / "compared", tmp_path):
+        assert main(["compare", str(damaged), str(out), "--overwrite", "--quiet"]) == 2
+        assert "the source" in capsys.readouterr().err
+
+
 def test_the_layout_of_the_hub_cache_is_read(llama: Oracle, tmp_path: Path):
     snapshot = tmp_path / "models--a--b" / "snapshots" / "0123"
     snapshot.mkdir(parents=True)

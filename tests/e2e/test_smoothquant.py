@@ -2,6 +2,7 @@
 """W8A8 from the command line to another program's arithmetic: what is written computes in int8, here and in PyTorch."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -118,3 +119,46 @@ def test_there_and_back_through_the_native_format(smooth: Path, tmp_path: Path, 
     assert "hold 4 bits" in capsys.readouterr().err
     assert main(["convert", str(smooth), str(tmp_path / "dense"), "--to", "dense"]) == 0
     assert "multiplied int8 activations; dense ones multiply them as they come" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--alpha", "0.5"], "--alpha belongs to --method smoothquant"),
+        (["--method", "smoothquant", "--alpha", "2"], "at least one number from 0 to 1"),
+        (["--method", "smoothquant", "--bits", "4"], "symmetric weights of 8 bits"),
+        (["--method", "smoothquant", "--group-size", "32"], "group_size=32"),
+        (["--method", "smoothquant", "--activations", "float", "--group-size", "32"], r"QuantSpec\.w8a8\(\)"),
+        (["--method", "smoothquant", "--override", "*/o=bits:4"], "an override can leave a weight in floating point"),
+        (["--method", "smoothquant", "--refine", "10"], "Leave them out"),
+        (["--method", "smoothquant", "--format", "autoawq"], "hold 4 bits"),
+        (["--activations", "token"], "'awq' scores weights alone"),
+    ],
+)
+def test_what_is_refused(
+    llama: Oracle, tmp_path: Path, capsys: pytest.CaptureFixture[str], options: list[str], message
+):
+    text = str(llama.path / "text.txt")
+    assert main(["quantize", str(llama.path), str(tmp_path / "out"), "--calib", text, *FAST, *options]) == 2
+    assert re.search(message, " ".join(capsys.readouterr().err.split()))
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+def test_a_static_step_is_that_of_the_calibration_text(llama: Oracle, planted: Path, tmp_path: Path):
+    made = quantized(
+        llama, planted, tmp_path / "out", "--method", "smoothquant", "--activations", "tensor", "--alpha", "0.5"
+    )
+    found, packed = open_checkpoint(made), load_file(made / "model.safetensors")
+    steps = {name: value for name, value in packed.items() if name.endswith("input_scale")}
+    assert len(steps) == 21 and all(value.shape == (1,) and value > 0 for value in steps.values())
+    attn = found.layer(0)["attn"]
+    assert attn["q"]["kernel"].input_scale.shape == (1, 64)
+    assert np.unique([attn[part]["kernel"].input_scale[0, 0] for part in "qkv"]).size == 1, "they read one input"
+    assert found.stored_form("layers/0/attn/q/kernel") == "int8 x int8 by tensor"
+    report = json.loads((made / "awq_jax_report.json").read_text())
+    assert all(layer["error"] < layer["rtn_error"] / 10 for layer in report["layers"])
+    assert {group["power"] for layer in report["layers"] for group in layer["groups"]} <= {0.0, 0.5}
+    assert main(["convert", str(made), str(tmp_path / "native"), "--to", "native"]) == 0
+    tokens = some_tokens(320)
+    np.testing.assert_array_equal(*(logits(load_model(path), tokens) for path in (made, tmp_path / "native")))

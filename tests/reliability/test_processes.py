@@ -316,6 +316,12 @@ def test_a_broken_collective_is_put_down_to_who_broke_it(monkeypatch: pytest.Mon
     hosts._parted.clear()
 
 
+def test_a_jax_without_the_store_where_it_is_looked_for_is_named(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("jax._src.distributed.global_state.client", object())
+    with pytest.raises(RuntimeError, match=r"jax [0-9.]+ does not have the key-value store of jax.distributed"):
+        hosts._client()
+
+
 class Device:
     def __init__(self, process_index: int) -> None:
         self.process_index, self.device_kind = process_index, "cpu"
