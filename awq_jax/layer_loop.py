@@ -2,6 +2,7 @@
 """The layers of a checkpoint, one after the other: read, quantized, written, kept to resume from."""
 
 import dataclasses
+import functools
 import json
 import time
 from collections import defaultdict
@@ -17,9 +18,11 @@ import numpy as np
 from awq_jax._plan import LayerPlan
 from awq_jax._qtensor import QTensor
 from awq_jax._tree import leaves
+from awq_jax.behind import Behind
 from awq_jax.coverage import layer_report
 from awq_jax.hosts import Hosts
 from awq_jax.layer_step import LayerOutcome, quantize_and_measure
+from awq_jax.models.config import DecoderConfig
 from awq_jax.models.functional import embed
 from awq_jax.report import LayerReport
 from awq_jax.resume import Session
@@ -70,12 +73,23 @@ def _read_ahead(checkpoint: HFCheckpoint, start: int) -> Iterator[Any]:
     """The layers in order; the next one is read while the current one is worked on."""
     wanted = range(start, checkpoint.config.num_layers)
     with ThreadPoolExecutor(1) as reader:
-        pending = [reader.submit(checkpoint.layer, index) for index in wanted[:1]]
+        pending = [reader.submit(checkpoint.layer, index, None) for index in wanted[:1]]
         for index in wanted:
             layer = pending.pop().result()
             if index + 1 in wanted:
-                pending.append(reader.submit(checkpoint.layer, index + 1))
+                pending.append(reader.submit(checkpoint.layer, index + 1, None))
             yield layer
+
+
+@jax.jit
+def _float32(params: Any) -> Any:
+    """Weights cross to the device as they are stored, and grow there."""
+    return jax.tree.map(lambda array: array.astype(jnp.float32), params)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _embedded(config: DecoderConfig, stem: Any, tokens: jax.Array) -> jax.Array:
+    return embed(config, _float32(stem), tokens)
 
 
 def _refuse_unusable(index: int, params: Any, outcome: LayerOutcome) -> None:
@@ -111,9 +125,21 @@ def _finished(job: Job, writer: ModelWriter | None, session: Session, resumed: i
         yield report
 
 
-def _fetched(layout: Layout, streams: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    """Streams on the host."""
-    return {name: layout.fetch_chunks(array) for name, array in streams.items()}
+def _write(job: Job, writer: ModelWriter | None, session: Session, report: LayerReport, params: Any) -> None:
+    """A finished layer to the output, and to what a later run goes on from."""
+    if writer:
+        session.check()
+        writer.write_layer(report.index, params)
+    if job.keep:
+        session.add(report, params)
+
+
+def _commit(job: Job, behind: Behind, session: Session, streams: Mapping[str, Any]) -> None:
+    """Keep the layers that were written, and what the next one starts from."""
+    with job.clock.phase("keep for resuming"):
+        behind.wait()
+        if session.pending or job.hosts.count > 1:
+            session.commit({name: job.layout.fetch_chunks(array) for name, array in streams.items()})
 
 
 def _awaited(outcome: LayerOutcome) -> LayerOutcome:
@@ -130,7 +156,7 @@ def quantize_layers(
     checkpoint, layout, clock = job.checkpoint, job.layout, job.clock
     config, (tokens, mask) = checkpoint.config, map(layout.activations, batches)
     with clock.phase("read and write"):
-        stem = checkpoint.stem()
+        stem = checkpoint.stem(None)
         if writer:
             writer.write_stem(stem)
         yield from _finished(job, writer, session, resumed)
@@ -140,42 +166,42 @@ def quantize_layers(
         hidden = layout.from_first(kept.get("hidden"), shape)
         stream = layout.from_first(kept.get("stream"), shape) if propagate else None
     else:
-        hidden = layout.hidden(jax.jit(embed, static_argnums=0)(config, layout.whole(stem), tokens))
+        hidden = layout.hidden(_embedded(config, layout.whole({"embed": stem["embed"]}), tokens))
         stream = jnp.copy(hidden) if propagate else None  # the two part at the first quantized layer
     del stem, kept
     measured = max(1, round(MEASURED / batches[0][0].size))
     counted = int(batches[1].sum())
-    for index, params in enumerate(_read_ahead(checkpoint, resumed), resumed):
-        plan = job.plans[index]
-        job.hosts.meet(f"layer {index}")
-        with clock.phase("quantize"):
-            params = layout.layer(params)
-            at = config.of_layer(index)
-            outcome = _awaited(
-                quantize_and_measure(
-                    params, hidden, mask, stream, config=at, plan=plan, measured=measured, tokens=counted
+    with Behind() as behind:
+        for index, params in enumerate(_read_ahead(checkpoint, resumed), resumed):
+            plan = job.plans[index]
+            job.hosts.meet(f"layer {index}")
+            with clock.phase("quantize"):
+                params = _float32(layout.layer(params))
+                at = config.of_layer(index)
+                outcome = _awaited(
+                    quantize_and_measure(
+                        params, hidden, mask, stream, config=at, plan=plan, measured=measured, tokens=counted
+                    )
                 )
-            )
-            hidden = layout.hidden(outcome.hidden)
-            stream = None if outcome.stream is None else layout.hidden(outcome.stream)
-            outcome = layout.fetch(dataclasses.replace(outcome, hidden=None, stream=None))
-        _refuse_unusable(index, outcome.layer.params, outcome)
-        if writer:
+                hidden = layout.hidden(outcome.hidden)
+                stream = None if outcome.stream is None else layout.hidden(outcome.stream)
+                outcome = layout.fetch(dataclasses.replace(outcome, hidden=None, stream=None))
+            _refuse_unusable(index, outcome.layer.params, outcome)
+            report = layer_report(index, plan, outcome)
             with clock.phase("read and write"):
-                session.check()
-                writer.write_layer(index, outcome.layer.params)
-        report = layer_report(index, plan, outcome)
-        streams = {"hidden": hidden} | ({} if stream is None else {"stream": stream})
-        if job.keep:
-            with clock.phase("keep for resuming"):
-                session.add(report, outcome.layer.params)
-                if job.hosts.share(f"keep {index}", str(session.due)) == "True":  # all fetch, or none
-                    session.commit(_fetched(layout, streams))
-        try:
-            if job.progress:
-                job.progress(report, len(job.plans))
-        except KeyboardInterrupt:  # asked to stop: there is time to keep what was not due yet
-            if job.keep and job.hosts.count == 1 and session.pending:
-                session.commit(_fetched(layout, streams))
-            raise
-        yield report
+                behind.do(functools.partial(_write, job, writer, session, report, outcome.layer.params))
+                if job.hosts.count > 1:
+                    behind.wait()  # processes that write together do it in the same order
+            streams = {"hidden": hidden} | ({} if stream is None else {"stream": stream})
+            if job.keep and job.hosts.share(f"keep {index}", str(session.due)) == "True":  # all fetch, or none
+                _commit(job, behind, session, streams)
+            try:
+                if job.progress:
+                    job.progress(report, len(job.plans))
+            except KeyboardInterrupt:  # asked to stop: there is time to keep what was not due yet
+                if job.keep and job.hosts.count == 1:
+                    _commit(job, behind, session, streams)
+                raise
+            yield report
+        with clock.phase("read and write"):
+            behind.wait()

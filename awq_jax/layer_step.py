@@ -20,7 +20,7 @@ from awq_jax._pytree import pytree
 from awq_jax._qtensor import dequantize_tree
 from awq_jax._quantize import QuantizedLayer, quantize_layer, round_layer
 from awq_jax._spec import RefineSpec
-from awq_jax._stats import ActStats, calibrate, observe
+from awq_jax._stats import ActStats, calibrate, merge, observe
 from awq_jax._tree import get, put
 from awq_jax.models.config import DecoderConfig
 from awq_jax.models.functional import block, part
@@ -103,6 +103,23 @@ def block_loss(
     return of_group
 
 
+def _in_place(
+    observed: Callable[[Params, Any], Any], params: Params, hidden: Array, mask: Array, kept: Array
+) -> tuple[dict[str, ActStats], Array]:
+    """`calibrate` whose outputs take the place of the inputs, which are gigabytes; ``kept`` of them is read before."""
+    hidden, _ = jax.lax.optimization_barrier((hidden, kept))
+    shapes, _ = jax.eval_shape(observed, params, (hidden[0], mask[0]))
+
+    def chunk(index: Array, carry: tuple[Any, Array]) -> tuple[Any, Array]:
+        total, streams = carry
+        seen, output = observed(params, (streams[index], mask[index]))
+        merged = {tap: merge(total[tap], seen[tap]) for tap in total}
+        return merged, jax.lax.dynamic_update_index_in_dim(streams, output, index, 0)
+
+    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+    return jax.lax.fori_loop(0, len(hidden), chunk, (zeros, hidden))
+
+
 def _tapped(config: DecoderConfig, params: Params, hidden: Array, taps: tuple[str, ...]) -> dict[str, Array]:
     """Inputs of linears, by tap."""
     seen: dict[str, Array] = {}
@@ -138,12 +155,12 @@ def _relative_errors(
     config: DecoderConfig, versions: list[Params], hidden: Array, stream: Array, target: Array, mask: Array
 ) -> list[Array]:
     """Squared output error of each version of a layer over the square of the float output's change to the stream."""
-    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *map(dequantize_tree, versions))
+    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *versions)
     keep = mask[..., None]
     power = jnp.sum(jnp.where(keep, target - hidden, 0.0) ** 2)
 
     def error(params: Params) -> Array:
-        difference = block(config, params, stream) - target
+        difference = block(config, dequantize_tree(params), stream) - target
         return jnp.sum(jnp.where(keep, difference, 0.0) ** 2) / jnp.maximum(power, 1e-30)
 
     return list(jax.lax.map(error, stacked))
@@ -194,9 +211,13 @@ def quantize_and_measure(
         stats, _ = calibrate(observer(config, plan, tokens), params, (stream, mask), has_aux=True)
         outputs = forward(params, hidden)
         reobserve = reobserver(config, hidden, stream, mask)
-    else:
+    elif plan.refine is not None:
         stats, outputs = calibrate(observer(config, plan, tokens), params, (hidden, mask), has_aux=True)
         stream, reobserve = hidden, None
+    else:
+        kept = hidden[:measured]
+        stats, outputs = _in_place(observer(config, plan, tokens), params, hidden, mask, kept)
+        hidden, stream, reobserve = kept, kept, None
     sample = jax.tree.map(lambda a: a[:measured].reshape(-1, *a.shape[2:]), (hidden, stream, outputs, mask))
     _, inputs, _, keep = sample
     loss = block_loss(config, params, inputs, keep, plan) if plan.search.objective == "block" else lambda group: None

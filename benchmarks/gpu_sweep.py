@@ -85,7 +85,7 @@ def candidates(m: int, k: int, n: int) -> list[BlockConfig]:
     found = [derive(m, k, n, 128, exact=False)]
     for base in bases:
         blocks = n // (128 * base.wide) * -(-m // base.tokens)
-        fitting = [s for s in (1, 2, 4) if s * blocks <= 132] or [1]
+        fitting = [s for s in (1, 2, 3, 4) if s * blocks <= 132] or [1]
         found += [dataclasses.replace(base, split=s) for s in fitting[-2:] if s * blocks > 80 or s == fitting[-1]]
     unique = list(dict.fromkeys(found))
     return [c for c in unique if c.problem(k, n, 128) is None]

@@ -16,6 +16,8 @@ from awq_jax.methods._rows import RowGrid, block_of, column_loss, spread, to_cod
 
 __all__ = ["gptq", "gptq_codes", "inverse_factor"]
 
+_UNROLL = 4  # rows to a turn of the loop: on a GPU starting a turn costs as much as a row
+
 
 def inverse_factor(gram: Float[Array, "k k"], damping: float) -> Float[Array, "k k"]:
     """Upper ``U`` with ``U'U = H^-1``, ``H = G + damping * mean(diag G) * I``.
@@ -47,7 +49,7 @@ def _feedback(weight: Array, factor: Array, grid: RowGrid, spec: QuantSpec) -> F
             return rows - square[i][:, None] * error, (codes, error)
 
         rows = jax.lax.dynamic_slice_in_dim(rest, start, size)
-        _, (codes, errors) = jax.lax.scan(row, rows, jnp.arange(size))
+        _, (codes, errors) = jax.lax.scan(row, rows, jnp.arange(size), unroll=_UNROLL)
         return rest - jnp.matmul(strip.T, errors, precision="highest"), codes
 
     _, codes = jax.lax.scan(block, weight, jnp.arange(0, k, size))
@@ -75,7 +77,7 @@ def _descend(weight: Array, gram: Array, grid: RowGrid, codes: Array, spec: Quan
             return slopes - square[:, i][:, None] * step, (new, step)
 
         slopes = jax.lax.dynamic_slice_in_dim(slope, start, size)
-        _, (new, steps) = jax.lax.scan(row, slopes, jnp.arange(size))
+        _, (new, steps) = jax.lax.scan(row, slopes, jnp.arange(size), unroll=_UNROLL)
         return slope - jnp.matmul(strip.T, steps, precision="highest"), new
 
     _, new = jax.lax.scan(block, slope, jnp.arange(0, k, size))

@@ -4,6 +4,7 @@
 import dataclasses
 import os
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
@@ -19,6 +20,8 @@ from awq_jax_convert.formats import open_checkpoint
 from awq_jax_convert.source import Checkpoint
 
 __all__ = ["ServingModel", "int4_head_of", "load", "read_tree", "wide_norms"]
+
+_TOGETHER = 4  # layers that are read side by side
 
 Place = Callable[[str, Any], Any]
 """Puts a subtree where it belongs: called with its name ("stem" or "layer") and the tree on the host."""
@@ -72,7 +75,7 @@ def load(
 
 
 def read_tree(checkpoint: Checkpoint, dtype: Any, place: Place, *, int4_head: bool = False) -> dict[str, Any]:
-    """Parameters of a checkpoint, placed layer by layer; the host holds one layer at a time.
+    """Parameters of a checkpoint, placed layer by layer; the host holds a few layers at a time.
 
     Args:
       checkpoint: to read.
@@ -84,8 +87,14 @@ def read_tree(checkpoint: Checkpoint, dtype: Any, place: Place, *, int4_head: bo
     if int4_head:
         stem["lm_head"] = {"kernel": int4_head_of(checkpoint.config, stem)}
     read = lambda index: wide_norms(fuse_layer(checkpoint.layer(index, dtype)))
-    layers = {str(index): place("layer", read(index)) for index in range(checkpoint.num_layers)}
-    return {**place("stem", wide_norms(stem)), "layers": layers}
+    placed = {**place("stem", wide_norms(stem)), "layers": {}}
+    del stem
+    with ThreadPoolExecutor(_TOGETHER) as pool:
+        for first in range(0, checkpoint.num_layers, _TOGETHER):
+            some = range(first, min(first + _TOGETHER, checkpoint.num_layers))
+            for index, layer in zip(some, pool.map(read, some), strict=True):
+                placed["layers"][str(index)] = place("layer", layer)
+    return placed
 
 
 def wide_norms(tree: Mapping[str, Any]) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from awq_jax._qtensor import QTensor
 from awq_jax._tie import Tie
 from awq_jax_convert.codecs import codec_of
 from awq_jax_convert.factors import FACTORS, apply, producers
+from awq_jax_convert.floats import nonfinite, widened
 from awq_jax_convert.fused import columns, split
 from awq_jax_convert.hf_config import FamilyChoice, HFConfig, read_config
 from awq_jax_convert.keymap import Place, resolve, theirs
@@ -191,12 +192,12 @@ class HFCheckpoint(Checkpoint):
 
     def _read_one(self, path: str, source: _Source, dtype: Any) -> Any:
         arrays = {part: self.tensors.read(name) for part, name in source.tensors.items()}
+        whole: Any
         if source.parts and self.codec is not None:
             whole = self.codec.decode(source.module, arrays)
         else:
             whole = arrays[""].T if source.place.transpose else arrays[""]
-            bad = whole.size - int(np.isfinite(whole).sum())
-            if bad:
+            if bad := nonfinite(arrays[""]):
                 raise ValueError(
                     f"tensor {source.name!r} of {self.path} has {bad} NaN or infinite values of {whole.size}: the "
                     "checkpoint is damaged. Download it again."
@@ -206,7 +207,7 @@ class HFCheckpoint(Checkpoint):
             whole = split(whole, columns(self.config, source.place)[paths.index(path)])
         if source.parts:
             return cast(whole, dtype)
-        return np.array(whole, dtype=dtype, order="C")
+        return whole if dtype is None else np.ascontiguousarray(widened(whole, np.dtype(dtype)))
 
     def _tree(self, paths: Iterable[str], prefix: str, dtype: Any) -> dict[str, Any]:
         tree: dict[str, Any] = {}

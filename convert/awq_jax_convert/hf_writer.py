@@ -3,6 +3,7 @@
 
 import os
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -89,22 +90,29 @@ class HFWriter(ModelWriter):
 
     def _write(self, tree: Mapping[str, Any], prefix: str) -> None:
         params = {f"{prefix}{relative}": leaf for relative, leaf in leaves(tree)}
-        for whole in wholes(self.source.family, self.source.config, params):
-            for name, array in self._tensors(whole).items():
-                self._writer.add(name, array)
-                self.nbytes += array.nbytes
+        found = list(wholes(self.source.family, self.source.config, params))
+        for whole in found:
+            self._note(whole)
+        with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # numpy lets go of the interpreter
+            for tensors in pool.map(self._tensors, found):
+                for name, array in tensors.items():
+                    self._writer.add(name, array)
+                    self.nbytes += array.nbytes
         self._writer.flush_if_full()
+
+    def _note(self, whole: Whole) -> None:
+        """Remember what a linear became: the config says it of all of them."""
+        path, leaf = whole.paths[0], whole.leaf
+        if path.endswith("/kernel"):
+            self._linears[whole.name.rpartition(".")[0]] = found = Scheme.of(leaf)
+            if path.startswith("layers/"):
+                self._layers |= dict.fromkeys(whole.paths, (found, leaf.shape[-2]))
 
     def _tensors(self, whole: Whole) -> dict[str, np.ndarray]:
         name, leaf, path = whole.name, whole.leaf, whole.paths[0]
-        module = name.rpartition(".")[0]
-        if path.endswith("/kernel"):
-            self._linears[module] = found = Scheme.of(leaf)
-            if path.startswith("layers/"):
-                self._layers |= dict.fromkeys(whole.paths, (found, leaf.shape[-2]))
         if isinstance(leaf, QTensor):
             if self._codec is None:
                 raise ValueError(f"{path!r} is quantized, and a dense checkpoint was asked for.")
-            return self._codec.encode(module, leaf)
+            return self._codec.encode(name.rpartition(".")[0], leaf)
         array = self._narrowed(path, leaf)
         return {name: array.T if whole.transpose else array}

@@ -87,6 +87,7 @@ def _compare(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
 
 def _same_bytes(fd: int, start: int, wanted: memoryview, chunk: int = 1 << 24) -> bool:
     return all(
-        os.pread(fd, min(chunk, len(wanted) - at), start + at) == wanted[at : at + chunk]
+        os.pread(fd, chunk, start + at)[: len(wanted) - at]
+        == bytes(wanted[at : at + chunk])  # views compare byte by byte
         for at in range(0, len(wanted), chunk)
     )

@@ -154,6 +154,8 @@ def narrowed(path: str, array: Any, dtype: np.dtype) -> np.ndarray:
       ValueError: a value that was finite is not in that dtype.
     """
     wide = np.asarray(array)
+    if wide.dtype == dtype:
+        return wide
     with np.errstate(over="ignore"):
         narrow = wide.astype(dtype)
     lost = int((~np.isfinite(narrow.astype(np.float32))).sum())

@@ -94,7 +94,8 @@ class Checkpoint(abc.ABC):
 
         Args:
           index: 0 .. num_layers - 1.
-          dtype: of dense arrays; None keeps each as stored. Quantized kernels are `QTensor` with numpy leaves.
+          dtype: of dense arrays; None keeps each as stored, a transposed one as a view. Quantized kernels are `QTensor`
+            with numpy leaves.
 
         Raises:
           IndexError: there is no such layer.

@@ -4,6 +4,7 @@
 import contextlib
 import json
 import os
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -76,7 +77,7 @@ class DirectoryWriter:
             raise ValueError(f"tensor {name!r} was already written.")
         if dtype_name(array.dtype) is None:
             raise ValueError(f"tensor {name!r} is {array.dtype}; files hold {', '.join(map(str, DTYPES.values()))}.")
-        self._tensors[name] = tensor_digest(array)
+        self._tensors[name] = ""
         self._pending[name] = array
         self._total += array.nbytes
 
@@ -87,6 +88,8 @@ class DirectoryWriter:
 
     def _flush(self) -> None:
         if self._pending:
+            with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+                self._tensors |= zip(self._pending, pool.map(tensor_digest, self._pending.values()), strict=True)
             digest = write_shard(self._work / f"shard-{len(self._shards):05d}", self._pending)
             self._shards.append((digest, list(self._pending)))
             self._pending = {}

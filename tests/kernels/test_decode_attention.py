@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from jax.experimental.pallas import tpu as pltpu
 
-from awq_jax_kernels.decode_attention import decode_attention
+from awq_jax_kernels.decode_attention import cudnn, decode_attention
 from awq_jax_kernels.decode_attention.form import Form
 from awq_jax_kernels.decode_attention.pallas_tpu import blocks, plan_of, refusal
 
@@ -147,6 +147,33 @@ def test_refusals():
     half = jnp.zeros((1, 128, 64), jnp.bfloat16)
     with pytest.raises(ValueError, match="64 channels"):
         decode_attention(qkv, (half, half, None, None), jnp.array([0]), heads=4, scale=1.0, implementation="tpu")
+
+
+def test_cudnn_says_what_it_is_not_asked_for(monkeypatch):
+    form, dtype = Form(4, 8, 4, D, 128, 128, "bfloat16", 1.0, None, None), jnp.dtype("bfloat16")
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    assert cudnn.refusal(form, dtype) is None
+    reasons = {"too few": dict(batch=3), "int8": dict(dtype="int8"), "36 channels": dict(d=36), "windows": dict(window=9)}
+    for reason, changed in reasons.items():
+        assert reason in (cudnn.refusal(dataclasses.replace(form, **changed), dtype) or "")
+    monkeypatch.undo()
+    if jax.default_backend() != "gpu":
+        operands = problem(np.random.default_rng(0), Case(4, 2, 128, (1, 2, 3, 4)))
+        with pytest.raises(ValueError, match="this process has no GPU"):
+            run(Case(4, 2, 128, (1, 2, 3, 4)), operands, implementation="cudnn")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(jax.default_backend() != "gpu", reason="no GPU; AWQ_JAX_TEST_PLATFORM=cuda uses one")
+@pytest.mark.parametrize("turned", [True, False])
+def test_cudnn_and_definition(rng, turned):
+    case = Case(8, 2, 256, (0, 255, 256, 17), turned=turned)
+    operands = problem(rng, case)
+    y, cache = run(case, operands, implementation="cudnn")
+    _, held = run(case, operands, implementation="reference")
+    assert spread(y, oracle(case, *operands)) < 2.0**-5
+    for one, other in zip(jax.tree.leaves(cache), jax.tree.leaves(held), strict=True):
+        np.testing.assert_array_equal(np.asarray(one, np.float32), np.asarray(other, np.float32))
 
 
 def test_shapes_that_disagree_are_named():

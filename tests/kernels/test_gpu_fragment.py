@@ -64,7 +64,7 @@ def test_prepare_refuses_what_it_would_have_to_pad():
 
 
 @pytest.mark.parametrize("tokens", [8, 16, 64, 120, 128])
-@pytest.mark.parametrize(("deep", "split"), [(1, 1), (2, 1), (3, 2), (4, 4), (1, 2)])
+@pytest.mark.parametrize(("deep", "split"), [(1, 1), (2, 1), (3, 2), (4, 4), (1, 2), (3, 3), (4, 3), (2, 3)])
 def test_every_sum_has_one_owner_and_every_letter_its_own_box(tokens, deep, split):
     sharing = combine.Sharing(tokens, 1, deep, split)
     owned = [sharing.owned(holder) for holder in range(sharing.holders)]

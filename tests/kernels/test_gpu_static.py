@@ -41,6 +41,8 @@ def test_decode_stays_within_its_instructions(m, tiles):
     "config",
     [
         BlockConfig(8, split=2),
+        BlockConfig(16, split=3),
+        BlockConfig(128, deep=2, stages=5, split=3, scale_weight=True),
         BlockConfig(16, deep=2, stages=10),
         BlockConfig(32),
         BlockConfig(64, deep=2, stages=7, scale_weight=True),

@@ -21,6 +21,10 @@ pytestmark = [
 
 CUTS = [  # each way of cutting that the tuned tables use, and their combinations
     BlockConfig(8, split=2),
+    BlockConfig(8, deep=4, split=3, stages=8),
+    BlockConfig(16, split=3),
+    BlockConfig(64, deep=2, stages=7, split=3, scale_weight=True),
+    BlockConfig(128, deep=2, stages=5, split=3, scale_weight=True),
     BlockConfig(16, deep=4, stages=8, split=4),
     BlockConfig(16, wide=2, deep=2, stages=6),
     BlockConfig(32),

@@ -7,7 +7,7 @@ from typing import Any, Literal
 import jax
 from jaxtyping import Array, Float, Int32
 
-from awq_jax_kernels.decode_attention import pallas_tpu, reference
+from awq_jax_kernels.decode_attention import cudnn, pallas_tpu, reference
 from awq_jax_kernels.decode_attention.form import Cache, Form, form_of
 
 __all__ = ["decode_attention"]
@@ -24,7 +24,7 @@ def decode_attention(
     window: int | None = None,
     softcap: float | None = None,
     span: int | None = None,
-    implementation: Literal["tpu", "reference"] | None = None,
+    implementation: Literal["tpu", "cudnn", "reference"] | None = None,
     interpret: Any = False,
 ) -> tuple[Float[Array, "b v"], Cache]:
     """Write each sequence's new key and value to its cache, and let its query see what the cache then holds.
@@ -44,8 +44,8 @@ def decode_attention(
       window: positions that are seen, the new one among them; None is all.
       softcap: cap of the scores, ``cap tanh(score / cap)``.
       span: positions that may be read, more than any length; None is all. The kernel reads what a length asks for.
-      implementation: "tpu" or "reference"; a refusal is then an error. None takes the kernel where the program is
-        lowered for a TPU and the kernel takes the operands.
+      implementation: "tpu", "cudnn" or "reference"; a refusal is then an error. None takes the kernel of the platform
+        that the program is lowered for, if it takes the operands; cuDNN only where this process has a GPU.
       interpret: run the kernel's Python on any platform.
 
     Returns:
@@ -61,16 +61,22 @@ def decode_attention(
     ([[3.0, 4.0]], [2.0, 0.0])
     """
     form = form_of(qkv, cache, lengths, turns, heads=heads, scale=scale, window=window, softcap=softcap, span=span)
-    reason = pallas_tpu.refusal(form, qkv.dtype)
-    if implementation == "tpu" and reason:
-        raise ValueError(f"no kernel takes qkv {qkv.dtype}{list(qkv.shape)} and a cache of {form.dtype}: {reason}.")
+    operands = (qkv, cache, lengths, turns)
+    if implementation == "reference":
+        return reference.decode_attention(form, *operands)
+    kernels = {
+        "tpu": (pallas_tpu.refusal, functools.partial(pallas_tpu.decode_attention, form, interpret=interpret)),
+        "cudnn": (cudnn.refusal, functools.partial(cudnn.decode_attention, form)),
+    }
+    if implementation is not None:
+        refusal, kernel = kernels[implementation]
+        if reason := refusal(form, qkv.dtype):
+            raise ValueError(f"no kernel takes qkv {qkv.dtype}{list(qkv.shape)} and a cache of {form.dtype}: {reason}.")
+        return kernel(*operands)
+    platforms = {"tpu": "tpu", "cudnn": "cuda"}
+    taken = {platforms[name]: kernel for name, (refusal, kernel) in kernels.items() if not refusal(form, qkv.dtype)}
     default = functools.partial(_reference, form)
-    if implementation == "reference" or reason:
-        return default(qkv, cache, lengths, turns)
-    kernel = functools.partial(pallas_tpu.decode_attention, form, interpret=interpret)
-    if implementation == "tpu":
-        return kernel(qkv, cache, lengths, turns)
-    return jax.lax.platform_dependent(qkv, cache, lengths, turns, tpu=kernel, default=default)
+    return jax.lax.platform_dependent(*operands, default=default, **taken) if taken else default(*operands)
 
 
 def _reference(form: Form, *operands: Any) -> Any:

@@ -9,22 +9,27 @@ from jaxtyping import Array
 
 from awq_jax_kernels.decode_attention.form import Cache, Form
 
-__all__ = ["attend", "codes_of", "decode_attention", "turn"]
+__all__ = ["attend", "codes_of", "decode_attention", "turn", "written"]
 
 
 def decode_attention(form: Form, qkv: Array, cache: Cache, lengths: Array, turns: Any) -> tuple[Array, Cache]:
     """See `awq_jax_kernels.decode_attention.decode_attention`."""
-    split = qkv.reshape(form.batch, -1, form.d)
-    q, k, v = jnp.split(split, [form.heads, form.heads + form.kv], axis=1)
-    if turns is not None:
-        q, k = turn(q, turns), turn(k, turns)
-    cache = _written(form, cache, k, v, lengths)
+    q, cache = written(form, qkv, cache, lengths, turns)
     k, v = (_read(form, held, scale, qkv.dtype) for held, scale in zip(cache[:2], cache[2:], strict=True))
     at = jnp.arange(k.shape[1])
     seen = at <= lengths[:, None]
     if form.window is not None:
         seen &= at > lengths[:, None] - form.window
     return attend(form, q, k, v, seen).reshape(form.batch, -1), cache
+
+
+def written(form: Form, qkv: Array, cache: Cache, lengths: Array, turns: Any) -> tuple[Array, Cache]:
+    """The queries ``[b, heads, d]``, turned, and the cache with the new keys and values."""
+    split = qkv.reshape(form.batch, -1, form.d)
+    q, k, v = jnp.split(split, [form.heads, form.heads + form.kv], axis=1)
+    if turns is not None:
+        q, k = turn(q, turns), turn(k, turns)
+    return q, _written(form, cache, k, v, lengths)
 
 
 def turn(x: Array, turns: tuple[Array, Array]) -> Array:

@@ -47,8 +47,8 @@ class BlockConfig:
 
     def problem(self, k: int, n: int, g: int) -> str | None:
         """Why these blocks can't cut a ``[k, n]`` weight with groups of g rows, or None."""
-        if not (self.tokens in range(8, 129, 8) and self.readers in (1, 2, 3, 4) and self.split in (1, 2, 4, 8)):
-            return "needs tokens 8..128 in eights, wide * deep 1..4 and split 1, 2, 4 or 8"
+        if not (self.tokens in range(8, 129, 8) and self.readers in (1, 2, 3, 4) and self.split in (1, 2, 3, 4, 8)):
+            return "needs tokens 8..128 in eights, wide * deep 1..4 and split 1, 2, 3, 4 or 8"
         if self.step % 128 or k % self.step or k // self.step < self.split:
             return f"step={self.step} must be a multiple of 128 that cuts k={k} into split={self.split} parts or more"
         if n % (CHANNELS * self.wide):
@@ -79,8 +79,8 @@ def derive(m: int, k: int, n: int, g: int, *, exact: bool) -> BlockConfig:
     """A config from sizes alone, by what was measured on an H100 (docs/kernels-gpu.md).
 
     Up to 32 tokens three warpgroups hide each other's latency and results are scaled in float32, for free. Beyond, the
-    accumulators fill the registers, so two warpgroups scale the codes. A weight with few channels is split in two over
-    k; splits of four leave processors idle, since clusters of four don't tile a GPC.
+    accumulators fill the registers, so two warpgroups scale the codes. A weight with few channels is split in three or
+    two over k; splits of four leave processors idle, since clusters of four don't tile a GPC.
     """
     tokens = next((t for t in (8, 16, 32, 64) if m <= t), 64 if exact else 128)
     scale_weight = not exact and (tokens > 32 or g < 64)
@@ -93,7 +93,7 @@ def derive(m: int, k: int, n: int, g: int, *, exact: bool) -> BlockConfig:
     else:
         config = BlockConfig(tokens, deep=2, stages=5, scale_weight=True)
     blocks = n // (CHANNELS * config.wide) * -(-m // tokens)
-    split = 2 if 2 * blocks <= MULTIPROCESSORS and k >= 1024 else 1
+    split = next((s for s in (3, 2) if s * blocks <= MULTIPROCESSORS and k >= 512 * s), 1)
     return dataclasses.replace(config, split=split)
 
 
