@@ -3,24 +3,20 @@
 
     PYTHONPATH=kernels:convert:. python benchmarks/llama_8b.py make HOME       # 16 GB of random weights, with outliers
     PYTHONPATH=kernels:convert:. python benchmarks/llama_8b.py quantize HOME --method awq --json quantize.json
-    PYTHONPATH=kernels:convert:. python benchmarks/llama_8b.py serve HOME --json serve.json
     PYTHONPATH=kernels:convert:. python benchmarks/llama_8b.py exact HOME --json exact.json
 
 `quantize` runs the command line in a process of its own. `meshes` spreads it over devices, and `differ` compares two
-results. `serve` times prefill and decode of the packed and of the dense model, one after the other in one process and
-through the same code. `exact` compares every product of sampled layers of the packed checkpoint, as the device computes
-it, with float64. ``--layers`` and ``--shrink`` make a model to rehearse with.
+results. `exact` compares every product of sampled layers of the packed checkpoint, as the device computes it, with
+float64. ``--layers`` and ``--shrink`` make a model to rehearse with. `llama_8b_serve.py` times what serves.
 """
 
 import argparse
 import concurrent.futures
-import functools
 import json
 import pathlib
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from typing import Any
 
 import ml_dtypes
@@ -35,7 +31,7 @@ SAMPLES, LENGTH = 128, 512
 def main() -> None:
     """One stage."""
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("stage", choices=("make", "quantize", "meshes", "differ", "serve", "exact"))
+    p.add_argument("stage", choices=("make", "quantize", "meshes", "differ", "exact"))
     p.add_argument("home", type=pathlib.Path)
     p.add_argument("--layers", type=int, default=32)
     p.add_argument("--shrink", type=int, default=1, help="divides every width")
@@ -43,16 +39,9 @@ def main() -> None:
     p.add_argument("--mesh", action="append", default=[], metavar="AXIS=N,…", help="of stage meshes, in turn")
     p.add_argument("--name", help="of the quantized model, int4-NAME in HOME (the method)")
     p.add_argument("--option", action="append", default=[], help="handed on to awq-jax quantize")
-    p.add_argument("--batch", default="1,4,16,64")
-    p.add_argument("--kinds", default="int4,int4-dense-head,bf16", help="of weights that serve")
-    p.add_argument("--prompt", default="512,2048")
-    p.add_argument("--steps", type=int, default=128, help="tokens of a timed decode")
-    p.add_argument("--trace", type=pathlib.Path, help="write the device time by kernel of one decode there")
     p.add_argument("--json", type=pathlib.Path)
     a = p.parse_args()
-    found = {"make": make, "quantize": quantize, "meshes": meshes, "differ": differ, "serve": serve, "exact": exact}[
-        a.stage
-    ](a)
+    found = {"make": make, "quantize": quantize, "meshes": meshes, "differ": differ, "exact": exact}[a.stage](a)
     text = json.dumps(found, indent=1)
     print(text)
     if a.json:
@@ -205,7 +194,7 @@ def differ(a: argparse.Namespace) -> dict[str, Any]:
 
     one, other = (open_checkpoint(a.home / f"int4-{name}") for name in (a.method, a.name))
 
-    def of_layer(index: int) -> tuple[int, int, int, int]:
+    def of_layer(index: int) -> list[int]:
         total = np.zeros(4, np.int64)
         pairs = zip(leaves(one.layer(index, None)), leaves(other.layer(index, None)), strict=True)
         for (_, left), (_, right) in pairs:
@@ -214,7 +203,7 @@ def differ(a: argparse.Namespace) -> dict[str, Any]:
                 codes = int((bits & 15 > 0).sum() + (bits >> 4 > 0).sum())
                 scales = int((left.scale != right.scale).sum())
                 total += (codes, 2 * bits.size, scales, left.scale.size)
-        return tuple(total.tolist())
+        return total.tolist()
 
     with concurrent.futures.ThreadPoolExecutor(8) as pool:
         rows = list(pool.map(of_layer, range(one.num_layers)))
@@ -228,115 +217,6 @@ def versions() -> dict[str, str]:
     import jax
 
     return {"jax": jax.__version__, "device": jax.devices()[0].device_kind, "date": time.strftime("%Y-%m-%d")}
-
-
-# --------------------------------------------------------------------------------------------------------- serve
-
-
-def serve(a: argparse.Namespace) -> dict[str, Any]:
-    """Prefill and decode of the packed model and of the dense one."""
-    import jax
-    import jax.numpy as jnp
-
-    from awq_jax.serving.load import load
-
-    packed, dense = a.home / f"int4-{a.name or a.method}", a.home / "dense"
-    kinds = {"int4": (packed, True), "int4-dense-head": (packed, False), "bf16": (dense, False)}
-    rows: list[dict[str, Any]] = []
-    for name in a.kinds.split(","):
-        path, head = kinds[name]
-        begun = time.perf_counter()
-        model = load(path, dtype=jnp.bfloat16, int4_head=head)
-        jax.block_until_ready(model.params)
-        loaded = time.perf_counter() - begun
-        held = sum(leaf.nbytes for leaf in jax.tree.leaves(model.params)) / 1e9
-        for row in timed(model, a, name):
-            rows.append({"weights": name, "load_s": round(loaded, 1), "weights_gb": round(held, 2), **row})
-            print(json.dumps(rows[-1]), file=sys.stderr, flush=True)
-        del model
-    return {**versions(), "rows": rows}
-
-
-def timed(model: Any, a: argparse.Namespace, name: str) -> Iterator[dict[str, Any]]:
-    """A row for each prompt length and each batch."""
-    import jax
-    import jax.numpy as jnp
-
-    from awq_jax.serving.engine import Engine, Request, start_of
-
-    prompts = [int(n) for n in a.prompt.split(",")]
-    batches = [int(n) for n in a.batch.split(",")]
-    rng = np.random.default_rng(2)
-    for batch in batches:
-        engine = Engine(model.config, model.params, slots=batch, max_len=max(prompts) * 2, steps=a.steps)
-        prefill, decode, state = engine._prefill, engine._decode, engine._state
-        for length in prompts if batch == batches[0] else prompts[:1]:
-            tokens = rng.integers(0, model.config.vocab_size, (1, length)).astype(np.int32)
-            start = start_of(Request(prompt=(1,), max_new_tokens=a.steps * 8))
-            times = []
-            for turn in range(6):
-                row = np.array([turn % batch], np.int32)
-                begun = time.perf_counter()
-                state, first = prefill(model.params, state, tokens, np.array([length], np.int32), row, start)
-                jax.block_until_ready(first)
-                times.append(time.perf_counter() - begun)
-            if batch == batches[0]:
-                yield {
-                    "prefill": length,
-                    "ms": round(1e3 * float(np.median(times[1:])), 2),
-                    "compile_s": round(times[0], 1),
-                }
-        for row in range(batch):
-            args = (tokens, np.array([length], np.int32), np.array([row], np.int32), start)
-            state, _ = prefill(model.params, state, *args)
-        span = next(b for b in engine.buckets if b >= length + 4 * a.steps)
-        times = []
-        for _ in range(4):
-            begun = time.perf_counter()
-            state, drawn = decode(model.params, state, steps=a.steps, span=span)
-            jax.block_until_ready(drawn)
-            times.append(time.perf_counter() - begun)
-        assert (np.asarray(drawn) >= 0).all()
-        step = float(np.median(times[1:])) / a.steps
-        yield {
-            "batch": batch,
-            "context": span,
-            "ms_a_token": round(1e3 * step, 3),
-            "tokens_s": round(batch / step, 1),
-            "compile_s": round(times[0] - step * a.steps, 1),
-        }
-        if a.trace and batch in (1, 16):
-            again = functools.partial(decode, model.params, state, steps=a.steps, span=span)
-            traced(again, a.trace.with_name(f"{a.trace.name}-{name}-{batch}.txt"), a.steps)
-        del state, engine
-        jnp.zeros(()).block_until_ready()
-
-
-def traced(run: Any, out: pathlib.Path, steps: int) -> None:
-    """Device microseconds of a step by kernel, the dearest first."""
-    import collections
-    import glob
-    import tempfile
-
-    import jax
-
-    with tempfile.TemporaryDirectory() as folder:
-        with jax.profiler.trace(folder):
-            jax.block_until_ready(run()[1])
-        (path,) = glob.glob(f"{folder}/**/*.xplane.pb", recursive=True)
-        total: dict[str, list[float]] = collections.defaultdict(list)
-        for plane in jax.profiler.ProfileData.from_file(path).planes:
-            if plane.name.startswith("/device:GPU"):
-                for line in plane.lines:
-                    if line.name.startswith("Stream"):
-                        for event in line.events:
-                            total[event.name].append(event.duration_ns)
-    rows = sorted(total.items(), key=lambda item: -sum(item[1]))
-    us = lambda times: sum(times) / steps / 1e3
-    text = [f"{us(times):9.1f} us/step {len(times) / steps:7.1f} calls  {name}" for name, times in rows[:60]]
-    launches = sum(map(len, total.values())) / steps
-    text.append(f"{sum(map(us, total.values())):9.1f} us/step in all, {launches:.0f} launches")
-    out.write_text("\n".join(text) + "\n", encoding="utf-8")
 
 
 # --------------------------------------------------------------------------------------------------------- exact

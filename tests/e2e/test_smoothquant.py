@@ -161,4 +161,5 @@ def test_a_static_step_is_that_of_the_calibration_text(llama: Oracle, planted: P
     assert {group["power"] for layer in report["layers"] for group in layer["groups"]} <= {0.0, 0.5}
     assert main(["convert", str(made), str(tmp_path / "native"), "--to", "native"]) == 0
     tokens = some_tokens(320)
-    np.testing.assert_array_equal(*(logits(load_model(path), tokens) for path in (made, tmp_path / "native")))
+    one, other = (logits(load_model(path), tokens) for path in (made, tmp_path / "native"))
+    np.testing.assert_array_equal(one, other)
