@@ -16,7 +16,10 @@ from awq_jax.methods._rows import RowGrid, block_of, column_loss, spread, to_cod
 
 __all__ = ["gptq", "gptq_codes", "inverse_factor"]
 
-_UNROLL = 4  # rows to a turn of the loop: on a GPU starting a turn costs as much as a row
+
+def _together() -> int:
+    """Rows to a turn of the loop: on a GPU starting a turn costs as much as a row, on a CPU unrolling only costs."""
+    return 4 if jax.default_backend() == "gpu" else 1
 
 
 def inverse_factor(gram: Float[Array, "k k"], damping: float) -> Float[Array, "k k"]:
@@ -49,7 +52,7 @@ def _feedback(weight: Array, factor: Array, grid: RowGrid, spec: QuantSpec) -> F
             return rows - square[i][:, None] * error, (codes, error)
 
         rows = jax.lax.dynamic_slice_in_dim(rest, start, size)
-        _, (codes, errors) = jax.lax.scan(row, rows, jnp.arange(size), unroll=_UNROLL)
+        _, (codes, errors) = jax.lax.scan(row, rows, jnp.arange(size), unroll=_together())
         return rest - jnp.matmul(strip.T, errors, precision="highest"), codes
 
     _, codes = jax.lax.scan(block, weight, jnp.arange(0, k, size))
@@ -77,7 +80,7 @@ def _descend(weight: Array, gram: Array, grid: RowGrid, codes: Array, spec: Quan
             return slopes - square[:, i][:, None] * step, (new, step)
 
         slopes = jax.lax.dynamic_slice_in_dim(slope, start, size)
-        _, (new, steps) = jax.lax.scan(row, slopes, jnp.arange(size), unroll=_UNROLL)
+        _, (new, steps) = jax.lax.scan(row, slopes, jnp.arange(size), unroll=_together())
         return slope - jnp.matmul(strip.T, steps, precision="highest"), new
 
     _, new = jax.lax.scan(block, slope, jnp.arange(0, k, size))

@@ -49,6 +49,7 @@ def test_a_module_of_rows():
     assert_same(got, modules.observe(model, [x[tokens]], table))
 
 
+@pytest.mark.slow
 def test_scanned_and_rematerialized_layers_with_experts():
     module, batch = Scanned(), padded(some_tokens(shape=(2, 24)))
     variables = module.init(jax.random.key(0), batch)

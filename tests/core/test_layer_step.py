@@ -187,6 +187,7 @@ def test_an_overflow_is_named_where_it_happens(inputs):
         assert all(np.isfinite(np.asarray(a, np.float32)).all() for a in jax.tree.leaves(leaf))
 
 
+@pytest.mark.slow
 def test_the_block_objective_is_the_error_of_the_blocks_output(inputs):
     search = dataclasses.replace(SEARCH, objective="block", clip_ratios=())
     plan, params = plan_of(search), a_layer()
@@ -221,6 +222,7 @@ def test_layers_of_equal_shape_and_plan_compile_once(inputs):
     assert compiled._cache_size() == before + 1
 
 
+@pytest.mark.slow
 def test_refinement_lowers_the_layers_own_error_and_looks_at_no_padding(inputs):
     hidden, mask = inputs
     plan = plan_of(method="minmax", refine=RefineSpec(steps=30, rate=0.05))

@@ -17,6 +17,7 @@ def paragraphs(found):
     return {text for text in cleaned if len(text) >= 60}
 
 
+@pytest.mark.slow
 def test_no_paragraph_stands_in_two_splits():
     heldout, calibration, train = (paragraphs(pieces(split)) for split in ("heldout", "calibration", "train"))
     assert not heldout & calibration

@@ -114,7 +114,6 @@ def test_names_that_look_like_markup(llama: Oracle, tmp_path: Path, capsys: pyte
     [
         (["--seq-len", "129"], r"longer than the 128 positions"),
         (["--seq-len", "129", "--dry-run"], r"longer than the 128 positions"),
-        (["--samples", "99999999999", "--dry-run"], r"--samples"),
         (["--override", "*=bits:²"], "expected GLOB=float"),
         (["--override", "*=bits:--3"], "expected GLOB=float"),
     ],
@@ -122,6 +121,13 @@ def test_names_that_look_like_markup(llama: Oracle, tmp_path: Path, capsys: pyte
 def test_quantize_refuses(llama: Oracle, tmp_path: Path, options: list[str], message: str, capsys):
     assert quantize(llama.path, tmp_path / "out", *options) == 2
     assert message in capsys.readouterr().err
+
+
+def test_samples_that_no_text_bounds(llama: Oracle, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    bounded = ["--samples", "99999999999", "--dry-run"]
+    assert quantize(llama.path, tmp_path / "out", *bounded) == 0  # as many as the text has
+    assert main(["quantize", str(llama.path), str(tmp_path / "out"), "--group-size", "32", *bounded]) == 2
+    assert "--samples" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

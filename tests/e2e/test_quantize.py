@@ -96,7 +96,11 @@ def test_native_and_autoawq_hold_the_same_weights(llama: Oracle, tmp_path: Path)
 
 @pytest.mark.parametrize(
     ("method", "propagate", "refine"),
-    [("awq", "dense", None), ("awq+gptq", "quantized", None), ("gptq", "quantized", RefineSpec(steps=5))],
+    [
+        ("awq", "dense", None),
+        pytest.param("awq+gptq", "quantized", None, marks=pytest.mark.slow),
+        pytest.param("gptq", "quantized", RefineSpec(steps=5), marks=pytest.mark.slow),
+    ],
 )
 def test_a_run_can_be_repeated_bit_for_bit(
     llama: Oracle, tmp_path: Path, method: str, propagate: str, refine: RefineSpec | None
@@ -149,7 +153,7 @@ def test_identity_alone_is_round_to_nearest(llama: Oracle, tmp_path: Path):
     )
 
 
-@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize("symmetric", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_each_bit_at_least_halves_the_squared_error(llama: Oracle, tmp_path: Path, symmetric: bool):
     errors = []
     for bits in (2, 3, 4):

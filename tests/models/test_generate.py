@@ -126,6 +126,7 @@ def quantized_and_dense(params):
     return quantized, dense
 
 
+@pytest.mark.slow
 def test_quantized_weights_generate_what_their_dense_values_do(tmp_path):
     (row,) = (row for row in TINY if row.id == "llama-biases-wide-heads")
     checkpoint = HFCheckpoint.open(save_oracle(row, tmp_path / "x").path)

@@ -61,6 +61,7 @@ def nothing_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(SafetensorsDir, "read", refuse)
 
 
+@pytest.mark.slow
 def test_70b(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
     nothing_is_read(monkeypatch)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: type("Usage", (), {"free": 1 << 40}))
@@ -106,6 +107,7 @@ def test_bytes_are_those_that_a_run_writes(tmp_path: Path, monkeypatch: pytest.M
     assert found.to_dict()["flops"] == sum(layer.flops for layer in found.layers)
 
 
+@pytest.mark.slow
 def test_a_layer_that_is_left_alone_costs_its_forward_passes_only(tmp_path: Path):
     checkpoint = HFCheckpoint.open(make_source(tmp_path / "source"))
 

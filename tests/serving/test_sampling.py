@@ -31,6 +31,7 @@ def rows(rules, seeds):
     )
 
 
+@pytest.mark.slow
 def test_a_row_is_what_its_rule_draws_alone(rng):
     logits = jnp.asarray(rng.normal(size=(len(RULES), VOCAB)) * 3, jnp.float32)
     for trial in range(20):
