@@ -126,7 +126,8 @@ def test_quantize_refuses(llama: Oracle, tmp_path: Path, options: list[str], mes
 def test_samples_that_no_text_bounds(llama: Oracle, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     bounded = ["--samples", "99999999999", "--dry-run"]
     assert quantize(llama.path, tmp_path / "out", *bounded) == 0  # as many as the text has
-    assert main(["quantize", str(llama.path), str(tmp_path / "out"), "--group-size", "32", *bounded]) == 2
+    fitting = ["--group-size", "32", "--seq-len", "32"]
+    assert main(["quantize", str(llama.path), str(tmp_path / "out"), *fitting, *bounded]) == 2
     assert "--samples" in capsys.readouterr().err
 
 
