@@ -156,6 +156,11 @@ def test_cudnn_says_what_it_is_not_asked_for(monkeypatch):
     reasons = {"too few": dict(batch=3), "int8": dict(dtype="int8"), "36 channels": dict(d=36)}
     for reason, changed in {**reasons, "windows": dict(window=9)}.items():
         assert reason in (cudnn.refusal(dataclasses.replace(form, **changed), dtype) or "")
+    found: list[str | None] = []
+    mesh = jax.make_mesh((2,), ("tp",), axis_types=(jax.sharding.AxisType.Auto,))
+    noting = lambda x: (found.append(cudnn.refusal(form, dtype)), x)[1]
+    jax.shard_map(noting, mesh=mesh, in_specs=jax.P("tp"), out_specs=jax.P("tp"))(jnp.zeros(2))
+    assert found and "shard_map" in str(found[0])
     monkeypatch.undo()
     if jax.default_backend() != "gpu":
         operands = problem(np.random.default_rng(0), Case(4, 2, 128, (1, 2, 3, 4)))

@@ -30,6 +30,8 @@ def refusal(form: Form, dtype: Any) -> str | None:
         return f"heads have {form.d} channels, not a multiple of 8 up to 128"
     if form.window is not None or form.softcap is not None:
         return "windows and capped scores are not asked of it"
+    if getattr(jax.sharding.get_abstract_mesh(), "manual_axes", ()):
+        return "inside shard_map it was never tried"
     return None
 
 
