@@ -3,6 +3,7 @@
 
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 
@@ -34,6 +35,7 @@ class CachedAttention(Attention):
             window=c.sliding_window,
             softcap=c.attn_softcap,
             span=cache.k.span,
+            ahead=jax.tree.leaves(self.o.kernel.get_value()),
         )
         return self.o(y[:, None]), cache.of_parts(*parts)
 

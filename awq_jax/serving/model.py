@@ -12,11 +12,13 @@ from jaxtyping import Array, Float, Int
 from awq_jax._qtensor import matmul
 from awq_jax.models import Decoder, DecoderConfig, KVCache
 from awq_jax.models.linear import Linear
+from awq_jax.models.mlp import Mlp
 from awq_jax.models.params import merge
 from awq_jax.serving.attention import CachedAttention
-from awq_jax.serving.block import added, through
+from awq_jax.serving.block import added, through, weights
 from awq_jax.serving.cache import SlotCache
 from awq_jax.serving.fuse import FUSED
+from awq_jax.serving.mlp import GatedMlp
 
 __all__ = ["last_logits", "serving_decoder"]
 
@@ -63,6 +65,8 @@ def serving_decoder(config: DecoderConfig, params: Mapping[str, Any], axis: str 
                 k = linears[0].kernel.get_value().shape[0]
                 setattr(owner, name, _linear(k, sum(widths[index, name]), bias=linears[0].bias is not None))
             layer.attn.__class__ = CachedAttention
+            if type(layer.mlp) is Mlp:
+                layer.mlp.__class__ = GatedMlp
             if axis is not None:
                 _add_up(layer.attn.o, axis)
                 _add_up(layer.mlp.down, axis)  # pyright: ignore[reportAttributeAccessIssue]  # no `Moe` under an axis
@@ -122,7 +126,7 @@ def last_logits(
     """
     h, waiting, cache_after = _stream(model, tokens, cache)
     take = lambda x: x if x.shape[1] == 1 else jnp.take_along_axis(x, last[:, None, None], axis=1)
-    normed = added(model.norm, take(h), None if waiting is None else take(waiting))[1]
+    normed = added(model.norm, take(h), None if waiting is None else take(waiting), weights(model, "lm_head"))[1]
     logits = model.logits(normed)[:, 0]
     if axis is not None and model.lm_head is not None:
         columns = jax.lax.axis_index(axis) * logits.shape[-1] + jnp.arange(logits.shape[-1])

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The sum and its norm: definition and kernel against numpy in float64."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -11,26 +12,53 @@ from awq_jax_kernels.add_norm import add_norm
 INTERPRET = pltpu.InterpretParams(uninitialized_memory="nan", detect_races=True)
 
 
+def wide(x):
+    return np.asarray(x.astype(jnp.float32), np.float64)
+
+
+def problem(rng, m, d, whole, dtype="bfloat16"):
+    draw = lambda *shape: jnp.asarray(rng.normal(size=shape), dtype)
+    return draw(m, d), draw(m, d) if whole else None, jnp.asarray(rng.normal(size=d), jnp.float32)
+
+
+def check(result, h, delta, weight, offset):
+    """A sum, rounded once, and its norm in float64."""
+    got, same = result
+    total = wide(h) + (0 if delta is None else wide(delta))
+    total = wide(jnp.asarray(total, h.dtype))  # a stream is rounded: sums of two of its values are exact before
+    normed = total / np.sqrt((total**2).mean(-1, keepdims=True) + 1e-5) * (offset + wide(weight))
+    assert got.dtype == same.dtype == h.dtype
+    np.testing.assert_array_equal(wide(got), total)
+    np.testing.assert_allclose(wide(same), normed, rtol=2.0**-8, atol=1e-6)  # half a place of bfloat16, and float32
+
+
 @pytest.mark.parametrize("m, d, offset, whole", [(1, 256, 0.0, False), (5, 128, 1.0, True), (16, 512, 0.0, True)])
 def test_kernel_and_definition(rng, m, d, offset, whole):
-    draw = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.bfloat16)
-    h, delta = draw(m, d), draw(m, d) if whole else None
-    weight = jnp.asarray(rng.normal(size=d), jnp.float32)
-    wide = lambda x: np.asarray(x.astype(jnp.float32), np.float64)
-    total = wide(h) + (0 if delta is None else wide(delta))
-    total = wide(jnp.asarray(total, jnp.bfloat16))  # a stream is rounded: sums of two of its values are exact before
-    normed = total / np.sqrt((total**2).mean(-1, keepdims=True) + 1e-5) * (offset + wide(weight))
+    operands = problem(rng, m, d, whole)
     for interpret in (None, INTERPRET):
         name = "tpu" if interpret else "reference"
-        got, same = add_norm(h, delta, weight, eps=1e-5, offset=offset, implementation=name, interpret=interpret)
-        assert got.dtype == same.dtype == jnp.bfloat16
-        np.testing.assert_array_equal(wide(got), total)
-        np.testing.assert_allclose(wide(same), normed, rtol=2.0**-8, atol=1e-6)  # half a place of bfloat16, and float32
+        result = add_norm(*operands, eps=1e-5, offset=offset, implementation=name, interpret=interpret)
+        check(result, *operands, offset)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(jax.default_backend() != "gpu", reason="no GPU; AWQ_JAX_TEST_PLATFORM=cuda uses one")
+@pytest.mark.parametrize(
+    "m, d, offset, whole, dtype",
+    [(1, 4096, 0.0, True, "bfloat16"), (3, 512, 1.0, False, "float16"), (64, 5120, 0.0, True, "bfloat16")],
+)
+def test_on_a_gpu(rng, m, d, offset, whole, dtype):
+    operands = problem(rng, m, d, whole, dtype)
+    for ahead in ((), (jnp.zeros((3000, 999), jnp.int8), jnp.zeros(5))):
+        check(add_norm(*operands, eps=1e-5, offset=offset, implementation="gpu", ahead=ahead), *operands, offset)
 
 
 def test_refusals_are_named():
     weight = jnp.ones(96)
     with pytest.raises(ValueError, match="no multiple of 128"):
         add_norm(jnp.ones((2, 96), jnp.bfloat16), None, weight, eps=1e-5, implementation="tpu")
-    with pytest.raises(ValueError, match="float32, not bfloat16"):
-        add_norm(jnp.ones((2, 96)), None, weight, eps=1e-5, implementation="tpu")
+    for name in ("tpu", "gpu"):
+        with pytest.raises(ValueError, match="float32, not bfloat16"):
+            add_norm(jnp.ones((2, 96)), None, weight, eps=1e-5, implementation=name)
+    with pytest.raises(ValueError, match="no multiple of 512"):
+        add_norm(jnp.ones((2, 96), jnp.bfloat16), None, weight, eps=1e-5, implementation="gpu")

@@ -168,13 +168,23 @@ def test_cudnn_says_what_it_is_not_asked_for(monkeypatch):
             run(Case(4, 2, 128, (1, 2, 3, 4)), operands, implementation="cudnn")
 
 
+GPU_CASES = [
+    *[("cudnn", Case(8, 2, 256, (0, 255, 256, 17), turned=turned)) for turned in (True, False)],
+    *[("gpu", Case(8, 2, 256, (0, 255, 256, 17), turned=turned)) for turned in (True, False)],
+    ("gpu", Case(32, 8, 1024, (700,))),
+    ("gpu", Case(8, 8, 64, (63, 1, 30))),
+    ("gpu", Case(16, 2, 2048, (2047, 100), window=300)),
+    ("gpu", Case(7, 1, 8, (0, 8, 3), window=2)),
+    ("gpu", Case(8, 4, 384, tuple(range(0, 384, 12)))),
+]
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(jax.default_backend() != "gpu", reason="no GPU; AWQ_JAX_TEST_PLATFORM=cuda uses one")
-@pytest.mark.parametrize("turned", [True, False])
-def test_cudnn_and_definition(rng, turned):
-    case = Case(8, 2, 256, (0, 255, 256, 17), turned=turned)
+@pytest.mark.parametrize("implementation, case", GPU_CASES, ids=str)
+def test_on_a_gpu(rng, implementation, case):
     operands = problem(rng, case)
-    y, cache = run(case, operands, implementation="cudnn")
+    y, cache = run(case, operands, implementation=implementation)
     _, held = run(case, operands, implementation="reference")
     assert spread(y, oracle(case, *operands)) < 2.0**-5
     for one, other in zip(jax.tree.leaves(cache), jax.tree.leaves(held), strict=True):

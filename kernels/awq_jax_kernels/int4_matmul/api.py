@@ -42,6 +42,7 @@ def int4_matmul(
     *,
     implementation: Implementation | None = None,
     config: Any = None,
+    settled: bool = False,
 ) -> Float[Array, "..."]:
     """Multiply activations by an INT4 weight, ``y = x @ ((q - zero) * scale)``, without building the dense weight.
 
@@ -53,6 +54,9 @@ def int4_matmul(
       implementation: "tpu", "gpu", "xla" or "reference"; a refusal is then an error. None takes the kernel of the
         platform that the program is lowered for, where it accepts the operands, and XLA's grouped product elsewhere.
       config: block sizes for the implementation named; None takes the tuned or the derived ones.
+      settled: the weight was in memory before the program began, as a served model's is. A GPU's kernel then reads its
+        first bytes while the operations in front are still running; a weight that one of them makes would be read
+        half made.
 
     Returns:
       ``[*b, m, n]`` or ``[..., n]`` in the dtype of x. The gradient with respect to x is defined; the weight is
@@ -72,11 +76,11 @@ def int4_matmul(
         raise ValueError("config belongs to one implementation: name it, such as implementation='tpu'.")
     if packed.ndim > 2:
         # Leading axes are mapped one by one, so that an implementation sees two dimensions and nothing else.
-        each = functools.partial(int4_matmul, implementation=implementation, config=config)
+        each = functools.partial(int4_matmul, implementation=implementation, config=config, settled=settled)
         return jax.vmap(each)(x, packed, scale, zero)
     rows = x.reshape(-1, x.shape[-1])
     _refuse(rows, packed, scale, zero, implementation, config)
-    y = _product(implementation, config, rows, packed, scale, zero)
+    y = _product(implementation, config, settled, rows, packed, scale, zero)
     return y.reshape(*x.shape[:-1], packed.shape[-1])
 
 
@@ -132,41 +136,43 @@ def _refuse(x: Any, packed: Any, scale: Any, zero: Any, implementation: Implemen
         )
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
 def _differentiable(
-    implementation: Implementation | None, config: Any, x: Any, packed: Any, scale: Any, zero: Any
+    implementation: Implementation | None, config: Any, settled: bool, x: Any, packed: Any, scale: Any, zero: Any
 ) -> Any:
     """The product of 2-d operands."""
-    return _batched(implementation, config)(x, packed, scale, zero)
+    return _batched(implementation, config, settled)(x, packed, scale, zero)
 
 
-def _forward(implementation: Any, config: Any, x: Any, packed: Any, scale: Any, zero: Any) -> tuple[Any, Any]:
-    return _differentiable(implementation, config, x, packed, scale, zero), (packed, scale, zero)
+def _forward(
+    implementation: Any, config: Any, settled: bool, x: Any, packed: Any, scale: Any, zero: Any
+) -> tuple[Any, Any]:
+    return _differentiable(implementation, config, settled, x, packed, scale, zero), (packed, scale, zero)
 
 
-def _backward(implementation: Any, config: Any, residuals: Any, dy: Any) -> tuple[Any, Any, Any, Any]:
+def _backward(implementation: Any, config: Any, settled: bool, residuals: Any, dy: Any) -> tuple[Any, Any, Any, Any]:
     packed, scale, zero = residuals
     return backward.input_cotangent(dy, packed, scale, zero), *backward.frozen(packed, scale, zero)
 
 
 _differentiable.defvjp(_forward, _backward)
-_product = jax.jit(_differentiable, static_argnums=(0, 1))
+_product = jax.jit(_differentiable, static_argnums=(0, 1, 2))
 
 
 @functools.cache
-def _batched(implementation: Implementation | None, config: Any) -> Any:
+def _batched(implementation: Implementation | None, config: Any, settled: bool) -> Any:
     """The chosen function with a batching rule: rows of x that share a weight are rows of one product."""
 
     @jax.custom_batching.custom_vmap
     def product(x: Any, packed: Any, scale: Any, zero: Any) -> Any:
-        return _choose(implementation, config, x, packed, scale, zero)
+        return _choose(implementation, config, settled, x, packed, scale, zero)
 
     @product.def_vmap
     def _(size: int, mapped: Any, x: Any, packed: Any, scale: Any, zero: Any) -> tuple[Any, bool]:
         over_x, *over_weight = mapped
         if any(jax.tree.leaves(over_weight)):
             axes = (0 if over_x else None, *jax.tree.map(lambda m: 0 if m else None, tuple(over_weight)))
-            choose = functools.partial(_choose, implementation, config)
+            choose = functools.partial(_choose, implementation, config, settled)
             return jax.vmap(choose, in_axes=axes, axis_size=size)(x, packed, scale, zero), True
         # Mapping a kernel would fetch the weight once per row of the batch.
         y = product(x.reshape(-1, x.shape[-1]), packed, scale, zero)
@@ -175,19 +181,22 @@ def _batched(implementation: Implementation | None, config: Any) -> Any:
     return product
 
 
-def _choose(implementation: Implementation | None, config: Any, x: Any, packed: Any, scale: Any, zero: Any) -> Any:
+def _choose(
+    implementation: Implementation | None, config: Any, settled: bool, x: Any, packed: Any, scale: Any, zero: Any
+) -> Any:
     """Run the implementation named, or stage one per platform and let lowering pick.
 
     The platform is that of the lowering, not of this process: a program exported for a TPU on a CPU gets the kernel.
     Staging the GPU's takes seconds, so only a process that has a GPU does.
     """
+    more = lambda name: {"settled": settled} if name == "gpu" else {}
     if implementation is not None:
-        return _run(implementation, x, packed, scale, zero, config=config)
+        return _run(implementation, x, packed, scale, zero, config=config, **more(implementation))
     kernels: dict[str, Implementation] = {"tpu": "tpu"}
     if jax.default_backend() == "gpu":
         kernels["cuda"] = "gpu"
     branches = {
-        platform: functools.partial(_run, kernel)
+        platform: functools.partial(_run, kernel, **more(kernel))
         for platform, kernel in kernels.items()
         if refusal(kernel, x, packed, scale, zero) is None
     }
@@ -197,6 +206,6 @@ def _choose(implementation: Implementation | None, config: Any, x: Any, packed: 
     return jax.lax.platform_dependent(x, packed, scale, zero, default=otherwise, **branches)
 
 
-def _run(implementation: str, x: Any, packed: Any, scale: Any, zero: Any, *, config: Any = None) -> Any:
+def _run(implementation: str, x: Any, packed: Any, scale: Any, zero: Any, **options: Any) -> Any:
     module: Any = _module(implementation)
-    return module.int4_matmul(x, packed, scale, zero, config=config)
+    return module.int4_matmul(x, packed, scale, zero, **options)

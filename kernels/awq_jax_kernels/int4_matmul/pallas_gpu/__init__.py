@@ -16,6 +16,7 @@ from jaxtyping import Array, Float, Int8, Int32
 from awq_jax_kernels.int4_matmul.pallas_gpu.config import BlockConfig, choose, derive
 from awq_jax_kernels.int4_matmul.pallas_gpu.kernel import fused
 from awq_jax_kernels.int4_matmul.pallas_gpu.tiles import prepare, restore
+from awq_jax_kernels.mosaic_gpu.device import unsuitable
 
 __all__ = ["BlockConfig", "choose", "derive", "int4_matmul", "prepare", "restore", "supports"]
 
@@ -44,7 +45,7 @@ def supports(x: Any, packed: Any, scale: Any, zero: Any = None, *, config: Block
     if g == 32 and _exact(x.dtype, scale.dtype):
         return f"groups of 32 rows are scaled in float16, and scale is {scale.dtype}"
     problem = None if config is None else config.problem(k, n, g)
-    return problem or _unsuitable()
+    return problem or unsuitable()
 
 
 def int4_matmul(
@@ -54,6 +55,7 @@ def int4_matmul(
     zero: Int8[Array, "groups n"] | None = None,
     *,
     config: BlockConfig | None = None,
+    settled: bool = False,
 ) -> Float[Array, "m n"]:
     """``y = x @ ((q - zero) * scale)`` without a dense weight, in one kernel and no workspace.
 
@@ -64,6 +66,7 @@ def int4_matmul(
         dtype of x, as a dense weight would be; a float16 x with wider scales excepted.
       zero: int8 codes 0..15 ``[k/g, n]``; None is 8 everywhere.
       config: None takes the tuned one, or derives one.
+      settled: see `awq_jax_kernels.int4_matmul.int4_matmul`.
 
     Returns:
       ``[m, n]`` in the dtype of x; sums are float32.
@@ -74,16 +77,16 @@ def int4_matmul(
     rows = m if m < 8 else -(-m // 8) * 8  # a bulk copy fills rows past the end with zeros, up to its tile of eight
     if rows != m:
         x = jnp.pad(x, ((0, rows - m), (0, 0)))
-    return _batched(config)(x, packed, scale, zero)[:m]
+    return _batched(config, settled)(x, packed, scale, zero)[:m]
 
 
 @functools.cache
-def _batched(config: BlockConfig) -> Any:
+def _batched(config: BlockConfig, settled: bool) -> Any:
     """The kernel with a batching rule: a loop, since a bulk copy reads whole operands and not a slice of a stack."""
 
     @jax.custom_batching.custom_vmap
     def product(x: Any, packed: Any, scale: Any, zero: Any) -> Any:
-        return fused(x, packed, scale, zero, config)
+        return fused(x, packed, scale, zero, config, settled=settled)
 
     @product.def_vmap
     def _(size: int, mapped: Any, *operands: Any) -> tuple[Any, bool]:
@@ -111,14 +114,3 @@ def _device_kind() -> str:
     if device is not None:
         return device.device_kind
     return jax.devices()[0].device_kind if jax.default_backend() == "gpu" else ""
-
-
-def _unsuitable() -> str | None:
-    """Why this process's GPU can't run the kernel."""
-    if jax.default_backend() != "gpu":
-        return None
-    capability = str(getattr(jax.devices()[0], "compute_capability", ""))
-    if capability == "9.0":
-        return None
-    name = jax.devices()[0].device_kind
-    return f"written for Hopper (compute capability 9.0: wgmma, TMA), and {name} has {capability or 'another one'}"

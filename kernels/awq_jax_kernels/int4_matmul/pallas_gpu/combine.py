@@ -14,7 +14,7 @@ from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, gpu, llvm, vector
 
 from awq_jax_kernels.int4_matmul.pallas_gpu.fragment import lane_channel
-from awq_jax_kernels.int4_matmul.pallas_gpu.registers import asm, const
+from awq_jax_kernels.mosaic_gpu.registers import asm, const
 
 __all__ = ["Sharing", "mail_shape", "send", "synchronize", "write"]
 

@@ -23,7 +23,6 @@ class BlockConfig:
       step: contraction steps fetched at once, a multiple of 128.
       stages: slots of the ring.
       scale_weight: scale the codes (rounded to the dtype of x) and not the float32 results.
-      dependent_launch: start before the kernel in front has drained (JAX 0.11 and later).
     """
 
     tokens: int = 16
@@ -33,7 +32,6 @@ class BlockConfig:
     step: int = 128
     stages: int = 9
     scale_weight: bool = False
-    dependent_launch: bool = False
 
     @property
     def readers(self) -> int:

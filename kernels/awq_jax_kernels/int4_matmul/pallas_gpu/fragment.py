@@ -21,7 +21,7 @@ from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm, vector
 
 from awq_jax_kernels.int4_matmul.pallas_gpu.config import CHANNELS
-from awq_jax_kernels.int4_matmul.pallas_gpu.registers import asm, const, element_pointer, load_words, pure
+from awq_jax_kernels.mosaic_gpu.registers import asm, const, element_pointer, load_words, pure
 
 __all__ = ["UNIT", "add_scaled", "dequantize", "lane_channel", "opaque_mask"]
 

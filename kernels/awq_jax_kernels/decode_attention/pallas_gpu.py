@@ -1,0 +1,77 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`decode_attention` on Hopper GPUs in one launch, for few sequences: rotate, keep, attend.
+
+A cluster of blocks shares the positions of one key head, and what each found travels through shared memory to the first
+of them. The kernel itself is `gpu_kernel`.
+"""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxtyping import Array
+
+from awq_jax_kernels.decode_attention.form import Cache, Form
+from awq_jax_kernels.decode_attention.gpu_kernel import Plan, body
+from awq_jax_kernels.mosaic_gpu import lanes
+from awq_jax_kernels.mosaic_gpu.device import unsuitable
+
+__all__ = ["decode_attention", "refusal"]
+
+MOST = 128  # key heads of all sequences; of more, cuDNN's kernel fills the chip as well
+
+
+def refusal(form: Form, dtype: Any) -> str | None:
+    """Why the kernel can't take operands of this form, or None if it can."""
+    if str(dtype) not in ("bfloat16", "float16") or form.dtype != str(dtype):
+        return f"qkv is {dtype} and the cache {form.dtype}; both must be bfloat16 or float16"
+    if form.d not in (64, 128, 256):
+        return f"heads have {form.d} channels, not 64, 128 or 256"
+    if form.heads // form.kv > 8:
+        return f"{form.heads // form.kv} query heads to a key head are more than 8"
+    if form.softcap is not None:
+        return "scores are capped"
+    if form.batch * form.kv > MOST:
+        return f"{form.batch} sequences of {form.kv} key heads are more than {MOST} heads"
+    if form.positions * form.kv * form.d * form.batch >= 1 << 31:
+        return "the cache has more elements than 32-bit offsets reach"
+    return unsuitable()
+
+
+@functools.partial(jax.jit, static_argnums=0)  # one lowering for all layers
+def decode_attention(
+    form: Form, qkv: Array, cache: Cache, lengths: Array, turns: Any, *ahead: Array
+) -> tuple[Array, Cache]:
+    """See `awq_jax_kernels.decode_attention.decode_attention`."""
+    plan = Plan(form, turned=turns is not None, ahead=len(ahead))
+    mesh = plgpu.Mesh(
+        grid=(form.batch * form.kv,),
+        grid_names=("head",),
+        cluster=(plan.split,),
+        cluster_names=("split",),
+        num_threads=plan.warps // 4,
+        thread_name="warpgroup",
+        kernel_name="decode_attention",
+    )
+
+    def kernel(*refs: Any) -> None:
+        scratch = [plgpu.SMEM(shape, jnp.float32) for shape in plan.scratch]
+        run = lambda *scratch: lanes.call(functools.partial(body, plan), (*refs, *scratch), lax.axis_index("head"))
+        pl.run_scoped(run, *scratch, collective_axes="warpgroup")
+
+    k, v = jax.new_ref(cache[0]), jax.new_ref(cache[1])
+    call = pl.kernel(
+        kernel,
+        out_type=jax.ShapeDtypeStruct((form.batch, form.heads * form.d), qkv.dtype),
+        mesh=mesh,
+        name="decode_attention",
+        compiler_params=plgpu.CompilerParams(
+            unsafe_no_auto_barriers=True, lowering_semantics=plgpu.LoweringSemantics.Lane
+        ),
+    )
+    y = call(qkv, lengths, *(turns or ()), *ahead, k, v)
+    return y, (jax.freeze(k), jax.freeze(v), None, None)

@@ -1,0 +1,94 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`gated` on Hopper GPUs: a vector to each thread, and blocks that ask for the next weight meanwhile."""
+
+import functools
+import math
+from typing import Any
+
+import jax
+from jax import lax
+from jax.experimental.mosaic import gpu as mgpu
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxlib.mlir import ir
+from jaxlib.mlir.dialects import arith
+from jaxtyping import Array
+
+from awq_jax_kernels.mosaic_gpu import ahead as cache
+from awq_jax_kernels.mosaic_gpu import lanes
+from awq_jax_kernels.mosaic_gpu.device import unsuitable
+from awq_jax_kernels.mosaic_gpu.registers import const
+
+__all__ = ["gated", "refusal"]
+
+VECTOR = 8  # channels of a thread
+THREADS = 128
+MOST = 1 << 30  # elements, which 32-bit offsets reach
+
+
+def refusal(product: Any) -> str | None:
+    """Why the kernel can't take a product of this shape and dtype, or None if it can."""
+    if str(product.dtype) not in ("bfloat16", "float16"):
+        return f"it is {product.dtype}, not bfloat16 or float16"
+    if product.shape[-1] % (2 * VECTOR):
+        return f"{product.shape[-1]} columns are no multiple of {2 * VECTOR}"
+    if not 0 < math.prod(product.shape) < MOST:
+        return f"{math.prod(product.shape)} elements are none, or more than 32-bit offsets reach"
+    return unsuitable()
+
+
+@functools.partial(jax.jit, static_argnames="activation")  # one lowering for all layers
+def gated(product: Array, *ahead: Array, activation: str) -> Array:
+    """See `awq_jax_kernels.gated.gated`."""
+    m, w = product.shape
+    vectors = m * w // 2 // VECTOR
+    blocks = -(-vectors // THREADS)
+
+    def body(*refs: Any) -> None:
+        lanes.call(_Block(w, vectors, blocks, activation), refs, lax.axis_index("block"))
+
+    call = plgpu.kernel(
+        body,
+        out_type=jax.ShapeDtypeStruct((m, w // 2), product.dtype),
+        grid=(blocks + (cache.BLOCKS if ahead else 0),),
+        grid_names=("block",),
+        num_threads=1,
+        thread_name="warpgroup",
+        compiler_params=plgpu.CompilerParams(
+            unsafe_no_auto_barriers=True, lowering_semantics=plgpu.LoweringSemantics.Lane
+        ),
+        kernel_name="gated",
+    )
+    return call(product, *ahead)
+
+
+class _Block:
+    """What one block does, for static sizes."""
+
+    def __init__(self, w: int, vectors: int, blocks: int, activation: str):
+        self.half, self.vectors, self.blocks, self.activation = w // 2, vectors, blocks, activation
+
+    def __call__(self, product: ir.Value, *args: ir.Value) -> None:
+        *ahead, y, block = args
+        vector = arith.addi(arith.muli(block, const(THREADS)), mgpu.thread_idx())
+        with mgpu.when(arith.cmpi(arith.CmpIPredicate.ult, vector, const(self.vectors))):
+            out = arith.muli(vector, const(VECTOR))
+            row = arith.divui(out, const(self.half))
+            gate_at = arith.addi(out, arith.muli(row, const(self.half)))
+            gate = lanes.read(product, gate_at, VECTOR)
+            up = lanes.read(product, arith.addi(gate_at, const(self.half)), VECTOR)
+            lanes.write(y, out, lanes.multiply(self._activated(gate), up))
+        if ahead:
+            with mgpu.when(arith.cmpi(arith.CmpIPredicate.uge, block, const(self.blocks))):
+                worker = arith.subi(block, const(self.blocks))
+                cache.fetch_ahead(ahead, cache.LIMIT, worker, cache.BLOCKS, THREADS)
+
+    def _activated(self, x: ir.Value) -> ir.Value:
+        """``x sigmoid(z)``: z is x for silu, and ``2 sqrt(2 / pi) (x + 0.044715 x^3)`` for gelu by tanh."""
+        splat = lambda number: lanes.splat(lanes.value(number), VECTOR)
+        z = x
+        if self.activation == "gelu_tanh":
+            cubic = lanes.multiply(lanes.multiply(x, x), splat(2 * math.sqrt(2 / math.pi) * 0.044715))
+            z = lanes.multiply(x, lanes.add(cubic, splat(2 * math.sqrt(2 / math.pi))))
+        power = lanes.each(lanes.exp2, lanes.multiply(z, splat(-math.log2(math.e))))
+        reciprocal = lambda value: lanes.float_instruction("rcp.approx.ftz.f32", value)
+        return lanes.multiply(x, lanes.each(reciprocal, lanes.add(power, splat(1.0))))
