@@ -4,10 +4,10 @@
 import functools
 from typing import Any, Literal
 
-import jax
 from jaxtyping import Array, Float, Float32
 
 from awq_jax_kernels.add_norm import pallas_tpu, reference
+from awq_jax_kernels.dispatch import Way, dispatch
 
 __all__ = ["add_norm"]
 
@@ -47,13 +47,13 @@ def add_norm(
     >>> total.tolist(), [round(x, 4) for x in normed[0].tolist()]
     ([[3.0, 4.0]], [0.8485, 1.1314])
     """
-    reason = pallas_tpu.refusal(h)
-    if implementation == "tpu" and reason:
-        raise ValueError(f"no kernel takes h {h.dtype}{list(h.shape)}: {reason}.")
-    default = functools.partial(reference.add_norm, eps=eps, offset=offset)
-    if implementation == "reference" or reason:
-        return default(h, delta, weight)
-    kernel = functools.partial(pallas_tpu.add_norm, eps=eps, offset=offset, interpret=interpret)
-    if implementation == "tpu":
-        return kernel(h, delta, weight)
-    return jax.lax.platform_dependent(h, delta, weight, tpu=kernel, default=default)
+    bound = {"eps": eps, "offset": offset}
+    ways = {
+        "tpu": Way(
+            functools.partial(pallas_tpu.refusal, h),
+            functools.partial(pallas_tpu.add_norm, **bound, interpret=interpret),
+            "tpu",
+        ),
+        "reference": Way(lambda: None, functools.partial(reference.add_norm, **bound)),
+    }
+    return dispatch(implementation, ways, "reference", (h, delta, weight), f"add_norm takes h {h.dtype}{list(h.shape)}")

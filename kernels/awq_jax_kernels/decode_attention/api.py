@@ -4,11 +4,11 @@
 import functools
 from typing import Any, Literal
 
-import jax
 from jaxtyping import Array, Float, Int32
 
 from awq_jax_kernels.decode_attention import cudnn, pallas_tpu, reference
-from awq_jax_kernels.decode_attention.form import Cache, Form, form_of
+from awq_jax_kernels.decode_attention.form import Cache, form_of
+from awq_jax_kernels.dispatch import Way, dispatch
 
 __all__ = ["decode_attention"]
 
@@ -61,23 +61,16 @@ def decode_attention(
     ([[3.0, 4.0]], [2.0, 0.0])
     """
     form = form_of(qkv, cache, lengths, turns, heads=heads, scale=scale, window=window, softcap=softcap, span=span)
-    operands = (qkv, cache, lengths, turns)
-    if implementation == "reference":
-        return reference.decode_attention(form, *operands)
-    kernels = {
-        "tpu": (pallas_tpu.refusal, functools.partial(pallas_tpu.decode_attention, form, interpret=interpret)),
-        "cudnn": (cudnn.refusal, functools.partial(cudnn.decode_attention, form)),
+    ways = {
+        "tpu": Way(
+            functools.partial(pallas_tpu.refusal, form, qkv.dtype),
+            functools.partial(pallas_tpu.decode_attention, form, interpret=interpret),
+            "tpu",
+        ),
+        "cudnn": Way(
+            functools.partial(cudnn.refusal, form, qkv.dtype), functools.partial(cudnn.decode_attention, form), "cuda"
+        ),
+        "reference": Way(lambda: None, functools.partial(reference.decode_attention, form)),
     }
-    if implementation is not None:
-        refusal, kernel = kernels[implementation]
-        if reason := refusal(form, qkv.dtype):
-            raise ValueError(f"no kernel takes qkv {qkv.dtype}{list(qkv.shape)} and a cache of {form.dtype}: {reason}.")
-        return kernel(*operands)
-    platforms = {"tpu": "tpu", "cudnn": "cuda"}
-    taken = {platforms[name]: kernel for name, (refusal, kernel) in kernels.items() if not refusal(form, qkv.dtype)}
-    default = functools.partial(_reference, form)
-    return jax.lax.platform_dependent(*operands, default=default, **taken) if taken else default(*operands)
-
-
-def _reference(form: Form, *operands: Any) -> Any:
-    return reference.decode_attention(form, *operands)
+    what = f"decode_attention takes qkv {qkv.dtype}{list(qkv.shape)} and a cache of {form.dtype}"
+    return dispatch(implementation, ways, "reference", (qkv, cache, lengths, turns), what)

@@ -6,19 +6,21 @@ An implementation is a module with two functions over 2-d operands::
     supports(x, packed, scale, zero=None, *, config=None) -> str | None    # why not, from shapes and dtypes alone
     int4_matmul(x, packed, scale, zero=None, *, config=None) -> y          # y has the dtype of x
 
-`supports` takes anything with a shape and a dtype. What is common to all of them stands here: checks, leading axes,
-batching and the gradient.
+`supports` takes anything with a shape and a dtype. What is common to all of them stands here and in
+`awq_jax_kernels.product`: checks, leading axes, batching and the gradient.
 """
 
 import functools
 import importlib
 from types import ModuleType
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import jax
 from jaxtyping import Array, Float, Int8
 
-from awq_jax_kernels.int4_matmul import backward
+from awq_jax_kernels import dispatch
+from awq_jax_kernels.int4_matmul import xla
+from awq_jax_kernels.product import check_groups, check_rows, frozen_weight, over_leading_axes, shapes_of
 
 __all__ = ["IMPLEMENTATIONS", "Implementation", "int4_matmul", "refusal"]
 
@@ -67,17 +69,14 @@ def int4_matmul(
     >>> int4_matmul(jnp.array([[10.0, 100.0]]), packed, scale, zero).item()
     105.0
     """
-    _check(x, packed, scale, zero)
+    shapes = shapes_of(x=x, packed=packed, scale=scale, zero=zero)
+    if x.shape[-1] == packed.shape[-2]:
+        raise ValueError(f"int4_matmul takes no such weight: {_EIGHT_BITS}: {shapes}.")
+    check_rows(x, packed, 2, shapes)
+    check_groups(x.shape[-1], packed, scale, zero, shapes)
     if config is not None and implementation is None:
         raise ValueError("config belongs to one implementation: name it, such as implementation='tpu'.")
-    if packed.ndim > 2:
-        # Leading axes are mapped one by one, so that an implementation sees two dimensions and nothing else.
-        each = functools.partial(int4_matmul, implementation=implementation, config=config)
-        return jax.vmap(each)(x, packed, scale, zero)
-    rows = x.reshape(-1, x.shape[-1])
-    _refuse(rows, packed, scale, zero, implementation, config)
-    y = _product(implementation, config, rows, packed, scale, zero)
-    return y.reshape(*x.shape[:-1], packed.shape[-1])
+    return over_leading_axes(functools.partial(_multiply, implementation, config), x, packed, scale, zero)
 
 
 def refusal(
@@ -103,54 +102,22 @@ def _module(implementation: str) -> ModuleType | str:
         return f"needs {error.name}, which is not installed"
 
 
-def _check(x: Any, packed: Any, scale: Any, zero: Any) -> None:
-    """Raise where shapes disagree, naming them all."""
-    shapes = f"x {x.shape}, packed {packed.shape}, scale {scale.shape}, zero {None if zero is None else zero.shape}"
-    *b, k2, n = packed.shape
-    if x.shape[-1] == k2:
-        raise ValueError(f"int4_matmul takes no such weight: {_EIGHT_BITS}: {shapes}.")
-    if x.shape[-1] != 2 * k2:
-        raise ValueError(f"x must have {2 * k2} columns, two for each row of packed: {shapes}.")
-    if scale.shape[:-2] != tuple(b) or scale.shape[-1] != n or not scale.shape[-2] or 2 * k2 % scale.shape[-2]:
-        raise ValueError(f"scale must be {(*b, 'k/g', n)}, with k/g a divisor of {2 * k2}: {shapes}.")
-    if zero is not None and zero.shape != scale.shape:
-        raise ValueError(f"zero must have the shape of scale: {shapes}.")
-    if b and (x.ndim != packed.ndim or x.shape[:-2] != tuple(b)):
-        raise ValueError(f"x must have the leading axes of the weight, {(*b, 'm', 2 * k2)}: {shapes}.")
-
-
-def _refuse(x: Any, packed: Any, scale: Any, zero: Any, implementation: Implementation | None, config: Any) -> None:
-    """Raise with every reason if nothing can run."""
-    names: tuple[Implementation, ...] = ("tpu", "gpu", "xla") if implementation is None else (implementation,)
+def _multiply(implementation: Implementation | None, config: Any, x: Any, *weight: Any) -> Any:
+    """The product of 2-d operands that something takes."""
+    packed, scale, _ = weight
     # Without a name the program may be lowered for any platform, and "xla" is the only one that runs on all of them.
-    if refusal(names[-1], x, packed, scale, zero, config=config) is not None:
-        reasons = {name: refusal(name, x, packed, scale, zero, config=config) for name in names}
-        listed = "; ".join(f"{name}: {reason}" for name, reason in reasons.items() if reason)
-        raise ValueError(
-            f"no implementation of int4_matmul takes x {x.dtype}{list(x.shape)}, packed {list(packed.shape)}, "
-            f"scale {scale.dtype}{list(scale.shape)}: {listed}. implementation='reference' takes everything."
-        )
+    dispatch.require(
+        _ways(config, x, *weight),
+        ("tpu", "gpu", "xla") if implementation is None else (implementation,),
+        f"int4_matmul takes x {x.dtype}{list(x.shape)}, packed {list(packed.shape)}, "
+        f"scale {scale.dtype}{list(scale.shape)}",
+    )
+    return _product(implementation, config)(x, *weight)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _differentiable(
-    implementation: Implementation | None, config: Any, x: Any, packed: Any, scale: Any, zero: Any
-) -> Any:
-    """The product of 2-d operands."""
-    return _batched(implementation, config)(x, packed, scale, zero)
-
-
-def _forward(implementation: Any, config: Any, x: Any, packed: Any, scale: Any, zero: Any) -> tuple[Any, Any]:
-    return _differentiable(implementation, config, x, packed, scale, zero), (packed, scale, zero)
-
-
-def _backward(implementation: Any, config: Any, residuals: Any, dy: Any) -> tuple[Any, Any, Any, Any]:
-    packed, scale, zero = residuals
-    return backward.input_cotangent(dy, packed, scale, zero), *backward.frozen(packed, scale, zero)
-
-
-_differentiable.defvjp(_forward, _backward)
-_product = jax.jit(_differentiable, static_argnums=(0, 1))
+@functools.cache
+def _product(implementation: Implementation | None, config: Any) -> Any:
+    return frozen_weight(_batched(implementation, config), xla.input_cotangent)
 
 
 @functools.cache
@@ -175,28 +142,24 @@ def _batched(implementation: Implementation | None, config: Any) -> Any:
     return product
 
 
-def _choose(implementation: Implementation | None, config: Any, x: Any, packed: Any, scale: Any, zero: Any) -> Any:
-    """Run the implementation named, or stage one per platform and let lowering pick.
+def _choose(implementation: Implementation | None, config: Any, *operands: Any) -> Any:
+    ways = _ways(config, *operands)
+    return dispatch.stage(ways, "xla", operands) if implementation is None else ways[implementation].run(*operands)
 
-    The platform is that of the lowering, not of this process: a program exported for a TPU on a CPU gets the kernel.
-    Staging the GPU's takes seconds, so only a process that has a GPU does.
-    """
-    if implementation is not None:
-        return _run(implementation, x, packed, scale, zero, config=config)
-    kernels: dict[str, Implementation] = {"tpu": "tpu"}
-    if jax.default_backend() == "gpu":
-        kernels["cuda"] = "gpu"
-    branches = {
-        platform: functools.partial(_run, kernel)
-        for platform, kernel in kernels.items()
-        if refusal(kernel, x, packed, scale, zero) is None
+
+def _ways(config: Any, *operands: Any) -> dict[str, dispatch.Way]:
+    """The implementations. Staging the GPU's takes seconds, so only a process that has a GPU does."""
+    platforms = {"tpu": "tpu", "gpu": "cuda" if jax.default_backend() == "gpu" else None}
+    return {
+        name: dispatch.Way(
+            functools.partial(refusal, name, *operands, config=config),
+            functools.partial(_run, name, config=config),
+            platforms.get(name),
+        )
+        for name in get_args(Implementation)
     }
-    otherwise = functools.partial(_run, "xla")
-    if not branches:
-        return otherwise(x, packed, scale, zero)
-    return jax.lax.platform_dependent(x, packed, scale, zero, default=otherwise, **branches)
 
 
-def _run(implementation: str, x: Any, packed: Any, scale: Any, zero: Any, *, config: Any = None) -> Any:
+def _run(implementation: str, x: Any, packed: Any, scale: Any, zero: Any, *, config: Any) -> Any:
     module: Any = _module(implementation)
     return module.int4_matmul(x, packed, scale, zero, config=config)
