@@ -3,7 +3,6 @@
 
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 
@@ -35,7 +34,6 @@ class CachedAttention(Attention):
             window=c.sliding_window,
             softcap=c.attn_softcap,
             span=cache.k.span,
-            ahead=jax.tree.leaves(self.o.kernel.get_value()),
         )
         return self.o(y[:, None]), cache.of_parts(*parts)
 

@@ -1,10 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """A layer as serving runs it: what is added to the stream waits for the norm that reads the sum."""
 
-from collections.abc import Sequence
 from typing import Any
 
-import jax
 from jaxtyping import Array, Float, Int
 
 from awq_jax.models.block import Block
@@ -12,7 +10,7 @@ from awq_jax.models.cache import LayerCache
 from awq_jax.models.norm import Norm
 from awq_jax_kernels.add_norm import add_norm
 
-__all__ = ["added", "through", "weights"]
+__all__ = ["added", "through"]
 
 
 def through(
@@ -30,26 +28,18 @@ def through(
     if c.norm_placement != "before" or c.parallel or first is None or second is None:
         h, cached = block(h if waiting is None else h + waiting, positions, cache=cache)
         return h, None, cached
-    h, x = added(first, h, waiting, weights(block.attn, "qkv"))
+    h, x = added(first, h, waiting)
     attended, cached = block.attn(x, positions, cache=cache)
-    h, x = added(second, h, attended, weights(block.mlp, "gate_up"))
+    h, x = added(second, h, attended)
     return h, block.mlp(x), cached
 
 
-def weights(owner: Any, name: str) -> list[Array]:
-    """The arrays of a linear's kernel, for a cache to be asked for; nothing where there is no such linear."""
-    linear = getattr(owner, name, None)
-    return [] if linear is None else jax.tree.leaves(linear.kernel.get_value())
-
-
-def added(
-    norm: Norm, h: Float[Array, "b t d"], delta: Float[Array, "b t d"] | None, ahead: Sequence[Array] = ()
-) -> tuple[Array, Array]:
-    """``s = h + delta`` and its norm; of single tokens one operation, during which a cache is asked for ``ahead``."""
+def added(norm: Norm, h: Float[Array, "b t d"], delta: Float[Array, "b t d"] | None) -> tuple[Array, Array]:
+    """``s = h + delta`` and its norm; of single tokens one operation."""
     if norm.bias is not None or h.shape[1] > 1:
         total = h if delta is None else h + delta
         return total, norm(total)
     rows = lambda x: None if x is None else x[:, 0]
     weight = norm.scale.get_value().astype("float32")
-    both = add_norm(h[:, 0], rows(delta), weight, eps=norm.eps, offset=norm.offset, ahead=ahead)
+    both = add_norm(h[:, 0], rows(delta), weight, eps=norm.eps, offset=norm.offset)
     return both[0][:, None], both[1][:, None]

@@ -3,7 +3,6 @@
 
 from typing import Any
 
-import jax
 from jaxtyping import Array, Float
 
 from awq_jax.models.mlp import Mlp
@@ -20,6 +19,5 @@ class GatedMlp(Mlp):
         product = getattr(self, "gate_up", None)
         if product is None or tap or x.shape[1] > 1 or self.config.activation not in ACTIVATIONS:
             return super().__call__(x, tap=tap)
-        ahead = jax.tree.leaves(self.down.kernel.get_value())
-        y = gated(product(x)[:, 0], activation=self.config.activation, ahead=ahead)
+        y = gated(product(x)[:, 0], activation=self.config.activation)
         return self.down(y[:, None])

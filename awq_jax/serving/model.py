@@ -15,7 +15,7 @@ from awq_jax.models.linear import Linear
 from awq_jax.models.mlp import Mlp
 from awq_jax.models.params import merge
 from awq_jax.serving.attention import CachedAttention
-from awq_jax.serving.block import added, through, weights
+from awq_jax.serving.block import added, through
 from awq_jax.serving.cache import SlotCache
 from awq_jax.serving.fuse import FUSED
 from awq_jax.serving.mlp import GatedMlp
@@ -126,7 +126,7 @@ def last_logits(
     """
     h, waiting, cache_after = _stream(model, tokens, cache)
     take = lambda x: x if x.shape[1] == 1 else jnp.take_along_axis(x, last[:, None, None], axis=1)
-    normed = added(model.norm, take(h), None if waiting is None else take(waiting), weights(model, "lm_head"))[1]
+    normed = added(model.norm, take(h), None if waiting is None else take(waiting))[1]
     logits = model.logits(normed)[:, 0]
     if axis is not None and model.lm_head is not None:
         columns = jax.lax.axis_index(axis) * logits.shape[-1] + jnp.arange(logits.shape[-1])

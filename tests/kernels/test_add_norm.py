@@ -49,8 +49,7 @@ def test_kernel_and_definition(rng, m, d, offset, whole):
 )
 def test_on_a_gpu(rng, m, d, offset, whole, dtype):
     operands = problem(rng, m, d, whole, dtype)
-    for ahead in ((), (jnp.zeros((3000, 999), jnp.int8), jnp.zeros(5))):
-        check(add_norm(*operands, eps=1e-5, offset=offset, implementation="gpu", ahead=ahead), *operands, offset)
+    check(add_norm(*operands, eps=1e-5, offset=offset, implementation="gpu"), *operands, offset)
 
 
 def test_refusals_are_named():

@@ -54,7 +54,7 @@ def test_contract(rng, case, form, dtype, zeros):
 
 
 def test_blocks_of_rows_add_up(rng, monkeypatch):
-    monkeypatch.setattr(xla, "_BLOCK_ELEMENTS", 1 << 10)
+    monkeypatch.setattr(xla, "_BLOCK_BYTES", 1 << 10)
     for case in (Case(5, 128, 40, 32), Case(5, 128, 40, 128)):
         operands, x, w, rows = problem(rng, case)
         y = xla.blockwise(*operands)

@@ -2,13 +2,12 @@
 """`add_norm`: one kernel on a TPU or a Hopper GPU, where XLA makes two or three operations of it."""
 
 import functools
-from collections.abc import Sequence
 from typing import Any, Literal
 
-import jax
 from jaxtyping import Array, Float, Float32
 
 from awq_jax_kernels.add_norm import pallas_gpu, pallas_tpu, reference
+from awq_jax_kernels.dispatch import Way, cuda, dispatch
 
 __all__ = ["add_norm"]
 
@@ -20,7 +19,6 @@ def add_norm(
     *,
     eps: float,
     offset: float = 0.0,
-    ahead: Sequence[Any] = (),
     implementation: Literal["tpu", "gpu", "reference"] | None = None,
     interpret: Any = False,
 ) -> tuple[Float[Array, "m d"], Float[Array, "m d"]]:
@@ -34,10 +32,8 @@ def add_norm(
       weight: float32 ``[d]``.
       eps: against division by zero.
       offset: 1 for models that store the weight less one.
-      ahead: arrays that what follows reads, such as a weight; a GPU's cache is asked for their beginnings. They change
-        nothing of the result.
       implementation: "tpu", "gpu" or "reference"; a refusal is then an error. None takes the kernel of the platform that
-        the program is lowered for, where it takes the operands; the GPU's only where this process has a GPU.
+        the program is lowered for, where it takes the operands; a GPU's only where this process has one.
       interpret: run the kernel's Python on any platform.
 
     Returns:
@@ -51,26 +47,18 @@ def add_norm(
     >>> total.tolist(), [round(x, 4) for x in normed[0].tolist()]
     ([[3.0, 4.0]], [0.8485, 1.1314])
     """
-    default = functools.partial(reference.add_norm, eps=eps, offset=offset)
-    kernels = {
-        "tpu": (pallas_tpu.refusal, functools.partial(pallas_tpu.add_norm, eps=eps, offset=offset, interpret=interpret)),
-        "gpu": (pallas_gpu.refusal, functools.partial(pallas_gpu.add_norm, eps=eps, offset=offset)),
+    bound = {"eps": eps, "offset": offset}
+    ways = {
+        "tpu": Way(
+            functools.partial(pallas_tpu.refusal, h),
+            functools.partial(pallas_tpu.add_norm, **bound, interpret=interpret),
+            "tpu",
+        ),
+        "gpu": Way(
+            functools.partial(pallas_gpu.refusal, h),
+            functools.partial(pallas_gpu.add_norm, **bound),
+            cuda(),
+        ),
+        "reference": Way(lambda: None, functools.partial(reference.add_norm, **bound)),
     }
-    if implementation == "reference":
-        return default(h, delta, weight)
-    if implementation is not None:
-        refusal, kernel = kernels[implementation]
-        if reason := refusal(h):
-            raise ValueError(f"no kernel takes h {h.dtype}{list(h.shape)}: {reason}.")
-        return kernel(h, delta, weight, *(ahead if implementation == "gpu" else ()))
-    platforms = {"tpu": "tpu"} | ({"cuda": "gpu"} if jax.default_backend() == "gpu" else {})
-    taken = {platform: kernels[name][1] for platform, name in platforms.items() if not kernels[name][0](h)}
-    if "cuda" in taken:
-        taken = {name: kernel if name == "cuda" else _alone(kernel) for name, kernel in taken.items()}
-        return jax.lax.platform_dependent(h, delta, weight, *ahead, default=_alone(default), **taken)
-    return jax.lax.platform_dependent(h, delta, weight, default=default, **taken) if taken else default(h, delta, weight)
-
-
-def _alone(function: Any) -> Any:
-    """The function without what a GPU's cache is asked for."""
-    return lambda h, delta, weight, *_: function(h, delta, weight)
+    return dispatch(implementation, ways, "reference", (h, delta, weight), f"add_norm takes h {h.dtype}{list(h.shape)}")

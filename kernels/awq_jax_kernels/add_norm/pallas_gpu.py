@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`add_norm` on Hopper GPUs, one launch: a block to each row, and blocks that ask for the next weight meanwhile."""
+"""`add_norm` on Hopper GPUs, one launch: a block to each row."""
 
 import functools
 from typing import Any
@@ -7,22 +7,20 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.experimental import pallas as pl
 from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith
 from jaxtyping import Array
 
-from awq_jax_kernels.mosaic_gpu import ahead as cache
-from awq_jax_kernels.mosaic_gpu import lanes
+from awq_jax_kernels.mosaic_gpu import lanes, launch
 from awq_jax_kernels.mosaic_gpu.device import unsuitable
 from awq_jax_kernels.mosaic_gpu.registers import const
 
 __all__ = ["add_norm", "refusal"]
 
 VECTOR = 4  # channels that a thread loads at once
-MOST = 1024  # threads of a block
+MOST = 8  # warpgroups of a block
 
 
 def refusal(h: Any) -> str | None:
@@ -35,63 +33,45 @@ def refusal(h: Any) -> str | None:
 
 
 @functools.partial(jax.jit, static_argnames=("eps", "offset"))  # one lowering for all layers
-def add_norm(
-    h: Array, delta: Array | None, weight: Array, *ahead: Array, eps: float, offset: float
-) -> tuple[Array, Array]:
+def add_norm(h: Array, delta: Array | None, weight: Array, *, eps: float, offset: float) -> tuple[Array, Array]:
     """See `awq_jax_kernels.add_norm.add_norm`."""
     m, d = h.shape
-    warpgroups = max(w for w in range(1, MOST // 128 + 1) if d % (128 * VECTOR * w) == 0)
-    out = jax.ShapeDtypeStruct(h.shape, h.dtype)
+    warpgroups = max(w for w in range(1, MOST + 1) if d % (128 * VECTOR * w) == 0)
+    row = _Row(d, 128 * warpgroups, eps, offset)
+    inputs = [h, weight] if delta is None else [h, weight, delta]
 
-    def body(*refs: Any, scratch: Any) -> None:
-        block = lax.axis_index("block")
-        run = _Row(m, d, 128 * warpgroups, delta is not None, eps, offset)
-        lanes.call(run, (*refs, scratch), block)
+    def body(*refs: Any) -> None:
+        lanes.call(row, refs, lax.axis_index("row"))
 
-    call = plgpu.kernel(
+    call = launch.kernel(
         body,
-        out_type=(out, out),
-        grid=(m + (cache.BLOCKS if ahead else 0),),
-        grid_names=("block",),
+        name="add_norm",
+        out=(jax.ShapeDtypeStruct(h.shape, h.dtype),) * 2,
+        scratch=(plgpu.SMEM((4 * warpgroups,), jnp.float32),),
+        grid=(m,),
+        grid_names=("row",),
         num_threads=warpgroups,
         thread_name="warpgroup",
-        scratch_types={"scratch": plgpu.SMEM((4 * warpgroups,), jnp.float32)},
-        compiler_params=plgpu.CompilerParams(
-            unsafe_no_auto_barriers=True, lowering_semantics=plgpu.LoweringSemantics.Lane
-        ),
-        kernel_name="add_norm",
     )
-    summed, normed = call(h, *(() if delta is None else (delta,)), weight, *ahead)
+    summed, normed = call(*inputs)
     return summed, normed
 
 
 class _Row:
     """What one block does, for static sizes."""
 
-    def __init__(self, m: int, d: int, threads: int, adds: bool, eps: float, offset: float):
-        self.m, self.d, self.threads, self.adds = m, d, threads, adds
-        self.eps, self.offset = eps, offset
+    def __init__(self, d: int, threads: int, eps: float, offset: float):
+        self.d, self.threads, self.eps, self.offset = d, threads, eps, offset
 
-    def __call__(self, *args: ir.Value) -> None:
-        h, *rest = args
-        delta, rest = (rest[0], rest[1:]) if self.adds else (None, rest)
-        weight, *ahead, summed, normed, scratch, block = rest
-        is_row = arith.cmpi(arith.CmpIPredicate.ult, block, const(self.m))
-        with mgpu.when(is_row):
-            self._row(h, delta, weight, summed, normed, scratch, block)
-        if ahead:
-            with mgpu.when(arith.cmpi(arith.CmpIPredicate.uge, block, const(self.m))):
-                worker = arith.subi(block, const(self.m))
-                cache.fetch_ahead(ahead, cache.LIMIT, worker, cache.BLOCKS, self.threads)
-
-    def _row(self, h: Any, delta: Any, weight: Any, summed: Any, normed: Any, scratch: Any, row: ir.Value) -> None:
+    def __call__(self, h: ir.Value, weight: ir.Value, *rest: ir.Value) -> None:
+        *delta, summed, normed, scratch, row = rest
         start = arith.muli(row, const(self.d))
         mine = arith.muli(mgpu.thread_idx(), const(VECTOR))
         columns = [arith.addi(mine, const(i)) for i in range(0, self.d, VECTOR * self.threads)]
         at = [arith.addi(start, column) for column in columns]
         parts = [lanes.read(h, i, VECTOR) for i in at]
-        if delta is not None:
-            more = [lanes.read(delta, i, VECTOR) for i in at]
+        for ref in delta:
+            more = [lanes.read(ref, i, VECTOR) for i in at]
             parts = [lanes.rounded(lanes.add(a, b), summed) for a, b in zip(parts, more, strict=True)]
         gains = [lanes.read(weight, column, VECTOR) for column in columns]
         squares = lanes.splat(lanes.value(0.0), VECTOR)
@@ -103,4 +83,4 @@ class _Row:
         for i, part, gain in zip(at, parts, gains, strict=True):
             if self.offset:
                 gain = lanes.add(gain, lanes.splat(lanes.value(self.offset), VECTOR))
-            lanes.write(normed, i, lanes.multiply(lanes.multiply(part, lanes.splat(factor, VECTOR)), gain))
+            lanes.write(normed, i, lanes.multiply(lanes.scaled(part, factor), gain))

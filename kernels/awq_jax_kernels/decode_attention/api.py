@@ -2,14 +2,13 @@
 """`decode_attention`: the attention of one new token per sequence over a cache that it is written to."""
 
 import functools
-from collections.abc import Sequence
 from typing import Any, Literal
 
-import jax
 from jaxtyping import Array, Float, Int32
 
 from awq_jax_kernels.decode_attention import cudnn, pallas_gpu, pallas_tpu, reference
-from awq_jax_kernels.decode_attention.form import Cache, Form, form_of
+from awq_jax_kernels.decode_attention.form import Cache, form_of
+from awq_jax_kernels.dispatch import Way, cuda, dispatch
 
 __all__ = ["decode_attention"]
 
@@ -25,7 +24,6 @@ def decode_attention(
     window: int | None = None,
     softcap: float | None = None,
     span: int | None = None,
-    ahead: Sequence[Any] = (),
     implementation: Literal["tpu", "gpu", "cudnn", "reference"] | None = None,
     interpret: Any = False,
 ) -> tuple[Float[Array, "b v"], Cache]:
@@ -46,8 +44,6 @@ def decode_attention(
       window: positions that are seen, the new one among them; None is all.
       softcap: cap of the scores, ``cap tanh(score / cap)``.
       span: positions that may be read, more than any length; None is all. The kernel reads what a length asks for.
-      ahead: arrays that what follows reads, such as a weight; a GPU's cache is asked for their beginnings. They change
-        nothing of the result.
       implementation: "tpu", "gpu", "cudnn" or "reference"; a refusal is then an error. None takes the kernel of the
         platform that the program is lowered for, if it takes the operands; a GPU's, or cuDNN where that refuses, only
         where this process has one.
@@ -66,34 +62,21 @@ def decode_attention(
     ([[3.0, 4.0]], [2.0, 0.0])
     """
     form = form_of(qkv, cache, lengths, turns, heads=heads, scale=scale, window=window, softcap=softcap, span=span)
-    operands = (qkv, cache, lengths, turns)
-    if implementation == "reference":
-        return reference.decode_attention(form, *operands)
-    kernels = {
-        "tpu": (pallas_tpu.refusal, functools.partial(pallas_tpu.decode_attention, form, interpret=interpret)),
-        "gpu": (pallas_gpu.refusal, functools.partial(pallas_gpu.decode_attention, form)),
-        "cudnn": (cudnn.refusal, functools.partial(cudnn.decode_attention, form)),
+    ways = {
+        "tpu": Way(
+            functools.partial(pallas_tpu.refusal, form, qkv.dtype),
+            functools.partial(pallas_tpu.decode_attention, form, interpret=interpret),
+            "tpu",
+        ),
+        "gpu": Way(
+            functools.partial(pallas_gpu.refusal, form, qkv.dtype),
+            functools.partial(pallas_gpu.decode_attention, form),
+            cuda(),
+        ),
+        "cudnn": Way(
+            functools.partial(cudnn.refusal, form, qkv.dtype), functools.partial(cudnn.decode_attention, form), cuda()
+        ),
+        "reference": Way(lambda: None, functools.partial(reference.decode_attention, form)),
     }
-    if implementation is not None:
-        refusal, kernel = kernels[implementation]
-        if reason := refusal(form, qkv.dtype):
-            raise ValueError(f"no kernel takes qkv {qkv.dtype}{list(qkv.shape)} and a cache of {form.dtype}: {reason}.")
-        return kernel(*operands, *(ahead if implementation == "gpu" else ()))
-    default = functools.partial(reference.decode_attention, form)
-    named = {"tpu": ("tpu",)} | ({"cuda": ("gpu", "cudnn")} if jax.default_backend() == "gpu" else {})
-    chosen = {
-        platform: name
-        for platform, names in named.items()
-        for name in names[::-1]
-        if not kernels[name][0](form, qkv.dtype)
-    }
-    if not chosen:
-        return default(*operands)
-    taken = {platform: kernels[name][1] if name == "gpu" else _alone(kernels[name][1]) for platform, name in chosen.items()}
-    ahead = ahead if "gpu" in chosen.values() else ()
-    return jax.lax.platform_dependent(*operands, *ahead, default=_alone(default), **taken)
-
-
-def _alone(function: Any) -> Any:
-    """The function without what a GPU's cache is asked for."""
-    return lambda qkv, cache, lengths, turns, *_: function(qkv, cache, lengths, turns)
+    what = f"decode_attention takes qkv {qkv.dtype}{list(qkv.shape)} and a cache of {form.dtype}"
+    return dispatch(implementation, ways, "reference", (qkv, cache, lengths, turns), what)

@@ -16,7 +16,6 @@ from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, gpu, llvm, scf
 
 from awq_jax_kernels.decode_attention.form import Form
-from awq_jax_kernels.mosaic_gpu import ahead as second_level
 from awq_jax_kernels.mosaic_gpu import lanes
 from awq_jax_kernels.mosaic_gpu.registers import asm, const
 
@@ -34,7 +33,6 @@ class Plan:
 
     form: Form
     turned: bool
-    ahead: int
 
     @property
     def queries(self) -> int:
@@ -97,7 +95,6 @@ def body(plan: Plan, *args: ir.Value) -> None:
     """All of a block's threads."""
     qkv, lengths, *rest = args
     turns, rest = (rest[:2], rest[2:]) if plan.turned else (None, rest)
-    ahead, rest = rest[: plan.ahead], rest[plan.ahead :]
     k, v, y, *scratch, head = rest
     if plan.split > 1:
         asm("barrier.cluster.arrive.relaxed.aligned;", "")  # waited for before any block writes to another
@@ -107,10 +104,6 @@ def body(plan: Plan, *args: ir.Value) -> None:
     state = block.begin(queries, key, value, length)
     state = block.seen(state, queries, k, v, length)
     block.keep(k, v, key, value, length)
-    if ahead:
-        worker = arith.addi(arith.muli(head, const(plan.split)), block.rank)
-        workers = plan.form.batch * plan.form.kv * plan.split
-        second_level.fetch_ahead(list(ahead), second_level.LIMIT, worker, workers, 32 * plan.warps)
     block.combine(state, scratch, y)
 
 

@@ -11,13 +11,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array
 
 from awq_jax_kernels.decode_attention.form import Cache, Form
 from awq_jax_kernels.decode_attention.gpu_kernel import Plan, body
-from awq_jax_kernels.mosaic_gpu import lanes
+from awq_jax_kernels.mosaic_gpu import lanes, launch
 from awq_jax_kernels.mosaic_gpu.device import unsuitable
 
 __all__ = ["decode_attention", "refusal"]
@@ -43,35 +42,25 @@ def refusal(form: Form, dtype: Any) -> str | None:
 
 
 @functools.partial(jax.jit, static_argnums=0)  # one lowering for all layers
-def decode_attention(
-    form: Form, qkv: Array, cache: Cache, lengths: Array, turns: Any, *ahead: Array
-) -> tuple[Array, Cache]:
+def decode_attention(form: Form, qkv: Array, cache: Cache, lengths: Array, turns: Any) -> tuple[Array, Cache]:
     """See `awq_jax_kernels.decode_attention.decode_attention`."""
-    plan = Plan(form, turned=turns is not None, ahead=len(ahead))
-    mesh = plgpu.Mesh(
+    plan = Plan(form, turned=turns is not None)
+
+    def run(*refs: Any) -> None:
+        lanes.call(functools.partial(body, plan), refs, lax.axis_index("head"))
+
+    call = launch.kernel(
+        run,
+        name="decode_attention",
+        out=jax.ShapeDtypeStruct((form.batch, form.heads * form.d), qkv.dtype),
+        scratch=tuple(plgpu.SMEM(shape, jnp.float32) for shape in plan.scratch),
         grid=(form.batch * form.kv,),
         grid_names=("head",),
         cluster=(plan.split,),
         cluster_names=("split",),
         num_threads=plan.warps // 4,
         thread_name="warpgroup",
-        kernel_name="decode_attention",
     )
-
-    def kernel(*refs: Any) -> None:
-        scratch = [plgpu.SMEM(shape, jnp.float32) for shape in plan.scratch]
-        run = lambda *scratch: lanes.call(functools.partial(body, plan), (*refs, *scratch), lax.axis_index("head"))
-        pl.run_scoped(run, *scratch, collective_axes="warpgroup")
-
     k, v = jax.new_ref(cache[0]), jax.new_ref(cache[1])
-    call = pl.kernel(
-        kernel,
-        out_type=jax.ShapeDtypeStruct((form.batch, form.heads * form.d), qkv.dtype),
-        mesh=mesh,
-        name="decode_attention",
-        compiler_params=plgpu.CompilerParams(
-            unsafe_no_auto_barriers=True, lowering_semantics=plgpu.LoweringSemantics.Lane
-        ),
-    )
-    y = call(qkv, lengths, *(turns or ()), *ahead, k, v)
+    y = call(qkv, lengths, *(turns or ()), k, v)
     return y, (jax.freeze(k), jax.freeze(v), None, None)

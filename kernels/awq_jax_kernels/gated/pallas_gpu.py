@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`gated` on Hopper GPUs: a vector to each thread, and blocks that ask for the next weight meanwhile."""
+"""`gated` on Hopper GPUs, one launch: a vector to each thread."""
 
 import functools
 import math
@@ -8,13 +8,11 @@ from typing import Any
 import jax
 from jax import lax
 from jax.experimental.mosaic import gpu as mgpu
-from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith
 from jaxtyping import Array
 
-from awq_jax_kernels.mosaic_gpu import ahead as cache
-from awq_jax_kernels.mosaic_gpu import lanes
+from awq_jax_kernels.mosaic_gpu import lanes, launch
 from awq_jax_kernels.mosaic_gpu.device import unsuitable
 from awq_jax_kernels.mosaic_gpu.registers import const
 
@@ -37,38 +35,34 @@ def refusal(product: Any) -> str | None:
 
 
 @functools.partial(jax.jit, static_argnames="activation")  # one lowering for all layers
-def gated(product: Array, *ahead: Array, activation: str) -> Array:
+def gated(product: Array, *, activation: str) -> Array:
     """See `awq_jax_kernels.gated.gated`."""
     m, w = product.shape
     vectors = m * w // 2 // VECTOR
-    blocks = -(-vectors // THREADS)
+    block = _Block(w // 2, vectors, activation)
 
     def body(*refs: Any) -> None:
-        lanes.call(_Block(w, vectors, blocks, activation), refs, lax.axis_index("block"))
+        lanes.call(block, refs, lax.axis_index("block"))
 
-    call = plgpu.kernel(
+    call = launch.kernel(
         body,
-        out_type=jax.ShapeDtypeStruct((m, w // 2), product.dtype),
-        grid=(blocks + (cache.BLOCKS if ahead else 0),),
+        name="gated",
+        out=jax.ShapeDtypeStruct((m, w // 2), product.dtype),
+        grid=(-(-vectors // THREADS),),
         grid_names=("block",),
         num_threads=1,
         thread_name="warpgroup",
-        compiler_params=plgpu.CompilerParams(
-            unsafe_no_auto_barriers=True, lowering_semantics=plgpu.LoweringSemantics.Lane
-        ),
-        kernel_name="gated",
     )
-    return call(product, *ahead)
+    return call(product)
 
 
 class _Block:
     """What one block does, for static sizes."""
 
-    def __init__(self, w: int, vectors: int, blocks: int, activation: str):
-        self.half, self.vectors, self.blocks, self.activation = w // 2, vectors, blocks, activation
+    def __init__(self, half: int, vectors: int, activation: str):
+        self.half, self.vectors, self.activation = half, vectors, activation
 
-    def __call__(self, product: ir.Value, *args: ir.Value) -> None:
-        *ahead, y, block = args
+    def __call__(self, product: ir.Value, y: ir.Value, block: ir.Value) -> None:
         vector = arith.addi(arith.muli(block, const(THREADS)), mgpu.thread_idx())
         with mgpu.when(arith.cmpi(arith.CmpIPredicate.ult, vector, const(self.vectors))):
             out = arith.muli(vector, const(VECTOR))
@@ -77,10 +71,6 @@ class _Block:
             gate = lanes.read(product, gate_at, VECTOR)
             up = lanes.read(product, arith.addi(gate_at, const(self.half)), VECTOR)
             lanes.write(y, out, lanes.multiply(self._activated(gate), up))
-        if ahead:
-            with mgpu.when(arith.cmpi(arith.CmpIPredicate.uge, block, const(self.blocks))):
-                worker = arith.subi(block, const(self.blocks))
-                cache.fetch_ahead(ahead, cache.LIMIT, worker, cache.BLOCKS, THREADS)
 
     def _activated(self, x: ir.Value) -> ir.Value:
         """``x sigmoid(z)``: z is x for silu, and ``2 sqrt(2 / pi) (x + 0.044715 x^3)`` for gelu by tanh."""

@@ -6,19 +6,21 @@ An implementation is a module with two functions over 2-d operands::
     supports(x, packed, scale, zero=None, *, config=None) -> str | None    # why not, from shapes and dtypes alone
     int4_matmul(x, packed, scale, zero=None, *, config=None) -> y          # y has the dtype of x
 
-`supports` takes anything with a shape and a dtype. What is common to all of them stands here: checks, leading axes,
-batching and the gradient.
+`supports` takes anything with a shape and a dtype. What is common to all of them stands here and in
+`awq_jax_kernels.product`: checks, leading axes, batching and the gradient.
 """
 
 import functools
 import importlib
 from types import ModuleType
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import jax
 from jaxtyping import Array, Float, Int8
 
-from awq_jax_kernels.int4_matmul import backward
+from awq_jax_kernels import dispatch
+from awq_jax_kernels.int4_matmul import xla
+from awq_jax_kernels.product import check_groups, check_rows, frozen_weight, over_leading_axes, shapes_of
 
 __all__ = ["IMPLEMENTATIONS", "Implementation", "int4_matmul", "refusal"]
 
@@ -42,7 +44,6 @@ def int4_matmul(
     *,
     implementation: Implementation | None = None,
     config: Any = None,
-    settled: bool = False,
 ) -> Float[Array, "..."]:
     """Multiply activations by an INT4 weight, ``y = x @ ((q - zero) * scale)``, without building the dense weight.
 
@@ -54,9 +55,6 @@ def int4_matmul(
       implementation: "tpu", "gpu", "xla" or "reference"; a refusal is then an error. None takes the kernel of the
         platform that the program is lowered for, where it accepts the operands, and XLA's grouped product elsewhere.
       config: block sizes for the implementation named; None takes the tuned or the derived ones.
-      settled: the weight was in memory before the program began, as a served model's is. A GPU's kernel then reads its
-        first bytes while the operations in front are still running; a weight that one of them makes would be read
-        half made.
 
     Returns:
       ``[*b, m, n]`` or ``[..., n]`` in the dtype of x. The gradient with respect to x is defined; the weight is
@@ -71,17 +69,14 @@ def int4_matmul(
     >>> int4_matmul(jnp.array([[10.0, 100.0]]), packed, scale, zero).item()
     105.0
     """
-    _check(x, packed, scale, zero)
+    shapes = shapes_of(x=x, packed=packed, scale=scale, zero=zero)
+    if x.shape[-1] == packed.shape[-2]:
+        raise ValueError(f"int4_matmul takes no such weight: {_EIGHT_BITS}: {shapes}.")
+    check_rows(x, packed, 2, shapes)
+    check_groups(x.shape[-1], packed, scale, zero, shapes)
     if config is not None and implementation is None:
         raise ValueError("config belongs to one implementation: name it, such as implementation='tpu'.")
-    if packed.ndim > 2:
-        # Leading axes are mapped one by one, so that an implementation sees two dimensions and nothing else.
-        each = functools.partial(int4_matmul, implementation=implementation, config=config, settled=settled)
-        return jax.vmap(each)(x, packed, scale, zero)
-    rows = x.reshape(-1, x.shape[-1])
-    _refuse(rows, packed, scale, zero, implementation, config)
-    y = _product(implementation, config, settled, rows, packed, scale, zero)
-    return y.reshape(*x.shape[:-1], packed.shape[-1])
+    return over_leading_axes(functools.partial(_multiply, implementation, config), x, packed, scale, zero)
 
 
 def refusal(
@@ -107,72 +102,38 @@ def _module(implementation: str) -> ModuleType | str:
         return f"needs {error.name}, which is not installed"
 
 
-def _check(x: Any, packed: Any, scale: Any, zero: Any) -> None:
-    """Raise where shapes disagree, naming them all."""
-    shapes = f"x {x.shape}, packed {packed.shape}, scale {scale.shape}, zero {None if zero is None else zero.shape}"
-    *b, k2, n = packed.shape
-    if x.shape[-1] == k2:
-        raise ValueError(f"int4_matmul takes no such weight: {_EIGHT_BITS}: {shapes}.")
-    if x.shape[-1] != 2 * k2:
-        raise ValueError(f"x must have {2 * k2} columns, two for each row of packed: {shapes}.")
-    if scale.shape[:-2] != tuple(b) or scale.shape[-1] != n or not scale.shape[-2] or 2 * k2 % scale.shape[-2]:
-        raise ValueError(f"scale must be {(*b, 'k/g', n)}, with k/g a divisor of {2 * k2}: {shapes}.")
-    if zero is not None and zero.shape != scale.shape:
-        raise ValueError(f"zero must have the shape of scale: {shapes}.")
-    if b and (x.ndim != packed.ndim or x.shape[:-2] != tuple(b)):
-        raise ValueError(f"x must have the leading axes of the weight, {(*b, 'm', 2 * k2)}: {shapes}.")
-
-
-def _refuse(x: Any, packed: Any, scale: Any, zero: Any, implementation: Implementation | None, config: Any) -> None:
-    """Raise with every reason if nothing can run."""
-    names: tuple[Implementation, ...] = ("tpu", "gpu", "xla") if implementation is None else (implementation,)
+def _multiply(implementation: Implementation | None, config: Any, x: Any, *weight: Any) -> Any:
+    """The product of 2-d operands that something takes."""
+    packed, scale, _ = weight
     # Without a name the program may be lowered for any platform, and "xla" is the only one that runs on all of them.
-    if refusal(names[-1], x, packed, scale, zero, config=config) is not None:
-        reasons = {name: refusal(name, x, packed, scale, zero, config=config) for name in names}
-        listed = "; ".join(f"{name}: {reason}" for name, reason in reasons.items() if reason)
-        raise ValueError(
-            f"no implementation of int4_matmul takes x {x.dtype}{list(x.shape)}, packed {list(packed.shape)}, "
-            f"scale {scale.dtype}{list(scale.shape)}: {listed}. implementation='reference' takes everything."
-        )
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def _differentiable(
-    implementation: Implementation | None, config: Any, settled: bool, x: Any, packed: Any, scale: Any, zero: Any
-) -> Any:
-    """The product of 2-d operands."""
-    return _batched(implementation, config, settled)(x, packed, scale, zero)
-
-
-def _forward(
-    implementation: Any, config: Any, settled: bool, x: Any, packed: Any, scale: Any, zero: Any
-) -> tuple[Any, Any]:
-    return _differentiable(implementation, config, settled, x, packed, scale, zero), (packed, scale, zero)
-
-
-def _backward(implementation: Any, config: Any, settled: bool, residuals: Any, dy: Any) -> tuple[Any, Any, Any, Any]:
-    packed, scale, zero = residuals
-    return backward.input_cotangent(dy, packed, scale, zero), *backward.frozen(packed, scale, zero)
-
-
-_differentiable.defvjp(_forward, _backward)
-_product = jax.jit(_differentiable, static_argnums=(0, 1, 2))
+    dispatch.require(
+        _ways(config, x, *weight),
+        ("tpu", "gpu", "xla") if implementation is None else (implementation,),
+        f"int4_matmul takes x {x.dtype}{list(x.shape)}, packed {list(packed.shape)}, "
+        f"scale {scale.dtype}{list(scale.shape)}",
+    )
+    return _product(implementation, config)(x, *weight)
 
 
 @functools.cache
-def _batched(implementation: Implementation | None, config: Any, settled: bool) -> Any:
+def _product(implementation: Implementation | None, config: Any) -> Any:
+    return frozen_weight(_batched(implementation, config), xla.input_cotangent)
+
+
+@functools.cache
+def _batched(implementation: Implementation | None, config: Any) -> Any:
     """The chosen function with a batching rule: rows of x that share a weight are rows of one product."""
 
     @jax.custom_batching.custom_vmap
     def product(x: Any, packed: Any, scale: Any, zero: Any) -> Any:
-        return _choose(implementation, config, settled, x, packed, scale, zero)
+        return _choose(implementation, config, x, packed, scale, zero)
 
     @product.def_vmap
     def _(size: int, mapped: Any, x: Any, packed: Any, scale: Any, zero: Any) -> tuple[Any, bool]:
         over_x, *over_weight = mapped
         if any(jax.tree.leaves(over_weight)):
             axes = (0 if over_x else None, *jax.tree.map(lambda m: 0 if m else None, tuple(over_weight)))
-            choose = functools.partial(_choose, implementation, config, settled)
+            choose = functools.partial(_choose, implementation, config)
             return jax.vmap(choose, in_axes=axes, axis_size=size)(x, packed, scale, zero), True
         # Mapping a kernel would fetch the weight once per row of the batch.
         y = product(x.reshape(-1, x.shape[-1]), packed, scale, zero)
@@ -181,31 +142,24 @@ def _batched(implementation: Implementation | None, config: Any, settled: bool) 
     return product
 
 
-def _choose(
-    implementation: Implementation | None, config: Any, settled: bool, x: Any, packed: Any, scale: Any, zero: Any
-) -> Any:
-    """Run the implementation named, or stage one per platform and let lowering pick.
+def _choose(implementation: Implementation | None, config: Any, *operands: Any) -> Any:
+    ways = _ways(config, *operands)
+    return dispatch.stage(ways, "xla", operands) if implementation is None else ways[implementation].run(*operands)
 
-    The platform is that of the lowering, not of this process: a program exported for a TPU on a CPU gets the kernel.
-    Staging the GPU's takes seconds, so only a process that has a GPU does.
-    """
-    more = lambda name: {"settled": settled} if name == "gpu" else {}
-    if implementation is not None:
-        return _run(implementation, x, packed, scale, zero, config=config, **more(implementation))
-    kernels: dict[str, Implementation] = {"tpu": "tpu"}
-    if jax.default_backend() == "gpu":
-        kernels["cuda"] = "gpu"
-    branches = {
-        platform: functools.partial(_run, kernel, **more(kernel))
-        for platform, kernel in kernels.items()
-        if refusal(kernel, x, packed, scale, zero) is None
+
+def _ways(config: Any, *operands: Any) -> dict[str, dispatch.Way]:
+    """The implementations."""
+    platforms = {"tpu": "tpu", "gpu": dispatch.cuda()}
+    return {
+        name: dispatch.Way(
+            functools.partial(refusal, name, *operands, config=config),
+            functools.partial(_run, name, config=config),
+            platforms.get(name),
+        )
+        for name in get_args(Implementation)
     }
-    otherwise = functools.partial(_run, "xla")
-    if not branches:
-        return otherwise(x, packed, scale, zero)
-    return jax.lax.platform_dependent(x, packed, scale, zero, default=otherwise, **branches)
 
 
-def _run(implementation: str, x: Any, packed: Any, scale: Any, zero: Any, **options: Any) -> Any:
+def _run(implementation: str, x: Any, packed: Any, scale: Any, zero: Any, *, config: Any) -> Any:
     module: Any = _module(implementation)
-    return module.int4_matmul(x, packed, scale, zero, **options)
+    return module.int4_matmul(x, packed, scale, zero, config=config)

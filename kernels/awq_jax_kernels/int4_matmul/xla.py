@@ -7,11 +7,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int8
 
-from awq_jax_kernels.int4_matmul.blocks import row_blocks
+from awq_jax_kernels import blocks
+from awq_jax_kernels.int4_matmul.reference import dequantize
 
-__all__ = ["blockwise", "grouped", "int4_matmul", "supports"]
+__all__ = ["blockwise", "grouped", "input_cotangent", "int4_matmul", "supports"]
 
-_BLOCK_ELEMENTS = 1 << 22  # of the weight in float32 at a time, 16 MiB
+_BLOCK_BYTES = 1 << 21  # of the weight at a time, 16 MiB of float32
+_COTANGENT_BYTES = 1 << 19
 
 
 def supports(x: Any, packed: Any, scale: Any, zero: Any = None, *, config: Any = None) -> str | None:
@@ -76,25 +78,13 @@ def blockwise(
 ) -> Float[Array, "m n"]:
     """Dequantize a block of rows to float32, multiply, add up: at most 16 MiB of the weight is dense at a time.
 
-    Low and high nibbles become separate rows and x follows, which spares interleaving the weight. A weight of one
-    block needs no loop; XLA for CPU runs the body of one on a single core.
+    Low and high nibbles become separate rows and x follows, which spares interleaving the weight.
     """
-    m = x.shape[0]
-    blocks = row_blocks(packed, scale, zero, _BLOCK_ELEMENTS)
-    count, rows2, _ = blocks[0].shape
-    parts = blocks[1].shape[1]
-    pairs = x.astype(jnp.float32).reshape(m, count, parts, rows2 // parts, 2)
-    xs = pairs.transpose(1, 0, 2, 4, 3).reshape(count, m, 2 * rows2)
-    if count == 1:
-        return _block(xs[0], *jax.tree.map(lambda leaf: leaf[0], blocks)).astype(x.dtype)
-
-    def add(y: Any, block: Any) -> tuple[Any, None]:
-        return y + _block(*block), None
-
-    # The first block stands for zeros that would have to know over which mesh axes they vary.
-    first, rest = (jax.tree.map(lambda leaf, cut=cut: leaf[cut], (xs, *blocks)) for cut in (0, slice(1, None)))
-    y, _ = jax.lax.scan(add, _block(*first), rest)
-    return y.astype(x.dtype)
+    weight = blocks.row_blocks(packed, scale, zero, _BLOCK_BYTES)
+    (count, rows2, _), parts = weight[0].shape, weight[1].shape[1]
+    pairs = x.astype(jnp.float32).reshape(-1, count, parts, rows2 // parts, 2)
+    xs = pairs.transpose(1, 0, 2, 4, 3).reshape(count, -1, 2 * rows2)
+    return blocks.sum_of_blocks(_block, xs, weight).astype(x.dtype)
 
 
 def _block(x: Any, packed: Any, scale: Any, zero: Any) -> Any:
@@ -106,3 +96,13 @@ def _block(x: Any, packed: Any, scale: Any, zero: Any) -> Any:
         codes = codes - (zero.astype(jnp.float32) - 8)[:, None, None, :]
     dense = (codes * scale.astype(jnp.float32)[:, None, None, :]).reshape(-1, n)
     return jnp.matmul(x, dense, precision="highest")
+
+
+def input_cotangent(
+    dy: Float[Array, "m n"],
+    packed: Int8[Array, "k2 n"],
+    scale: Float[Array, "groups n"],
+    zero: Int8[Array, "groups n"] | None = None,
+) -> Float[Array, "m k"]:
+    """``dx = dy @ ((q - zero) * scale).T``; see `awq_jax_kernels.blocks.input_cotangent`."""
+    return blocks.input_cotangent(dequantize, dy, blocks.row_blocks(packed, scale, zero, _COTANGENT_BYTES))

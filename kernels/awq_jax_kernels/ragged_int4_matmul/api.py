@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int8, Int32
 
+from awq_jax_kernels.dispatch import Way, dispatch
 from awq_jax_kernels.int4_matmul import api as dense_api
 from awq_jax_kernels.int4_matmul import pallas_tpu
 from awq_jax_kernels.ragged_int4_matmul import reference
@@ -45,7 +46,7 @@ def ragged_int4_matmul(
       tile: rows in a tile: about m / e, and a multiple of 16 for a TPU.
 
     Returns:
-      ``[m, n]`` in the dtype of x. Differentiable with respect to x except for "tpu" named explicitly.
+      ``[m, n]`` in the dtype of x. Differentiable with respect to x.
 
     Raises:
       ValueError: the implementation named refuses the operands.
@@ -72,24 +73,22 @@ def _multiply_tiles(
     """``[tiles, tile, k]`` to ``[tiles, tile, n]``."""
     operands = (tiles, packed, scale, zero, experts)
     one = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), operands[:4])
-    reason = dense_api.refusal("tpu", *one, config=config)
-    if implementation == "tpu":
-        if reason:
-            raise ValueError(f"no kernel takes tiles {operands[0].shape} and packed {operands[1].shape}: {reason}.")
-        return pallas_tpu.multiply_tiles(*operands, config=config)
-    if implementation == "xla" or reason:
-        return _loop(*operands, implementation="xla")
-    kernel = functools.partial(_differentiable, config)
-    return jax.lax.platform_dependent(*operands, tpu=kernel, default=functools.partial(_loop, implementation="xla"))
+    refusal = functools.partial(dense_api.refusal, "tpu", *one, config=config)
+    ways = {
+        "tpu": Way(refusal, functools.partial(_differentiable, config), "tpu"),
+        "xla": Way(lambda: None, _loop),
+    }
+    what = f"ragged_int4_matmul takes tiles {tiles.shape} and packed {packed.shape}"
+    return dispatch(implementation, ways, "xla", operands, what)
 
 
-def _loop(tiles: Any, packed: Any, scale: Any, zero: Any, experts: Any, *, implementation: Any) -> Any:
+def _loop(tiles: Any, packed: Any, scale: Any, zero: Any, experts: Any) -> Any:
     """One tile after the other, so that one expert's weight is sliced at a time."""
 
     def multiply(operands: tuple[Any, Any]) -> Any:
         rows, expert = operands
         weight = jax.tree.map(lambda leaf: leaf[expert], (packed, scale, zero))
-        return dense_api.int4_matmul(rows, *weight, implementation=implementation)
+        return dense_api.int4_matmul(rows, *weight, implementation="xla")
 
     return jax.lax.map(multiply, (tiles, experts))
 
@@ -104,7 +103,7 @@ def _forward(config: Any, *operands: Any) -> tuple[Any, Any]:
 
 
 def _backward(_: Any, operands: Any, dy: Any) -> Any:
-    _, pull = jax.vjp(functools.partial(_loop, implementation="xla"), *operands)
+    _, pull = jax.vjp(_loop, *operands)
     return pull(dy)
 
 

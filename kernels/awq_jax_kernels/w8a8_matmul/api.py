@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`w8a8_matmul`: one int8 product that sums in int32, with checks, leading axes and a gradient around it."""
+"""`w8a8_matmul`: one int8 product that sums in int32, and the float products around it."""
 
 from typing import Any
 
@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int8
 
-from awq_jax_kernels.int4_matmul.backward import frozen
 from awq_jax_kernels.int8_matmul import xla
+from awq_jax_kernels.product import check_rows, frozen_weight, over_leading_axes, shapes_of
 from awq_jax_kernels.w8a8_matmul.rounding import TOP, round_rows
 
 __all__ = ["w8a8_matmul"]
@@ -44,44 +44,30 @@ def w8a8_matmul(
     73.5
     """
     _check(x, packed, scale, step)
-    if packed.ndim > 2:
-        return jax.vmap(w8a8_matmul)(x, packed, scale, step)
-    y = _product(x.reshape(-1, x.shape[-1]), packed, scale, step)
-    return y.reshape(*x.shape[:-1], packed.shape[-1])
+    return over_leading_axes(_product, x, packed, scale, step)
 
 
 def _check(x: Any, packed: Any, scale: Any, step: Any) -> None:
     """Raise where shapes disagree, naming them all."""
-    shapes = f"x {x.shape}, packed {packed.shape}, scale {scale.shape}, step {None if step is None else step.shape}"
+    shapes = shapes_of(x=x, packed=packed, scale=scale, step=step)
+    check_rows(x, packed, 1, shapes)
     *b, k, n = packed.shape
-    if x.shape[-1] != k:
-        raise ValueError(f"x must have {k} columns, one for each row of packed: {shapes}.")
     if scale.shape != (*b, 1, n):
         raise ValueError(f"scale must be {(*b, 1, n)}, one for each column: int32 sums know no groups: {shapes}.")
     if step is not None and step.shape != tuple(b):
         raise ValueError(f"step must be {tuple(b)}, one for each weight: {shapes}.")
-    if b and (x.ndim != packed.ndim or x.shape[:-2] != tuple(b)):
-        raise ValueError(f"x must have the leading axes of the weight, {(*b, 'm', k)}: {shapes}.")
     if k > _MAX_ROWS:
         raise ValueError(f"a sum of {k} products of int8 codes may leave int32, which holds {_MAX_ROWS}: {shapes}.")
 
 
-@jax.custom_vjp
-def _differentiable(x: Any, packed: Any, scale: Any, step: Any) -> Any:
+def _rounded(x: Any, packed: Any, scale: Any, step: Any) -> Any:
     codes, each = round_rows(x, step)
     total = jax.lax.dot_general(codes, packed, (((1,), (0,)), ((), ())), preferred_element_type=jnp.int32)
     return (total.astype(jnp.float32) * each * scale.astype(jnp.float32)).astype(x.dtype)
 
 
-def _forward(x: Any, packed: Any, scale: Any, step: Any) -> tuple[Any, Any]:
-    return _differentiable(x, packed, scale, step), (packed, scale, step)
+def _input_cotangent(dy: Any, packed: Any, scale: Any, step: Any) -> Any:
+    return xla.input_cotangent(dy, packed, scale)
 
 
-def _backward(residuals: Any, dy: Any) -> tuple[Any, Any, Any, Any]:
-    packed, scale, step = residuals
-    still = None if step is None else jnp.zeros_like(step)
-    return xla.input_cotangent(dy, packed, scale, None), *frozen(packed, scale, None)[:2], still
-
-
-_differentiable.defvjp(_forward, _backward)
-_product = jax.jit(_differentiable)
+_product = frozen_weight(_rounded, _input_cotangent)

@@ -55,7 +55,6 @@ def int4_matmul(
     zero: Int8[Array, "groups n"] | None = None,
     *,
     config: BlockConfig | None = None,
-    settled: bool = False,
 ) -> Float[Array, "m n"]:
     """``y = x @ ((q - zero) * scale)`` without a dense weight, in one kernel and no workspace.
 
@@ -66,7 +65,6 @@ def int4_matmul(
         dtype of x, as a dense weight would be; a float16 x with wider scales excepted.
       zero: int8 codes 0..15 ``[k/g, n]``; None is 8 everywhere.
       config: None takes the tuned one, or derives one.
-      settled: see `awq_jax_kernels.int4_matmul.int4_matmul`.
 
     Returns:
       ``[m, n]`` in the dtype of x; sums are float32.
@@ -77,16 +75,16 @@ def int4_matmul(
     rows = m if m < 8 else -(-m // 8) * 8  # a bulk copy fills rows past the end with zeros, up to its tile of eight
     if rows != m:
         x = jnp.pad(x, ((0, rows - m), (0, 0)))
-    return _batched(config, settled)(x, packed, scale, zero)[:m]
+    return _batched(config)(x, packed, scale, zero)[:m]
 
 
 @functools.cache
-def _batched(config: BlockConfig, settled: bool) -> Any:
+def _batched(config: BlockConfig) -> Any:
     """The kernel with a batching rule: a loop, since a bulk copy reads whole operands and not a slice of a stack."""
 
     @jax.custom_batching.custom_vmap
     def product(x: Any, packed: Any, scale: Any, zero: Any) -> Any:
-        return fused(x, packed, scale, zero, config, settled=settled)
+        return fused(x, packed, scale, zero, config)
 
     @product.def_vmap
     def _(size: int, mapped: Any, *operands: Any) -> tuple[Any, bool]:

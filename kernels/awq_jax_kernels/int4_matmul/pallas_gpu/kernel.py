@@ -28,13 +28,13 @@ from awq_jax_kernels.int4_matmul.pallas_gpu.reader import Reader
 __all__ = ["fused"]
 
 
-def fused(x: Any, weight: Any, scale: Any, zero: Any, config: BlockConfig, *, settled: bool = False) -> Any:
+def fused(x: Any, weight: Any, scale: Any, zero: Any, config: BlockConfig) -> Any:
     """``x @ ((q - zero) * scale)`` for x ``[m, k]`` with m < 8 or a multiple of 8; the rest as in `int4_matmul`."""
     (m, k), (groups, n) = x.shape, scale.shape
     plan = Plan(config, m, k, n, k // groups, x.dtype, scale.dtype, weight.dtype == jnp.int32, zero is not None)
     operands = [x, weight, scale] + ([zero] if plan.zeros else [])
     call = plgpu.kernel(
-        functools.partial(_body, plan, settled),
+        functools.partial(_body, plan),
         out_type=jax.ShapeDtypeStruct((m, n), x.dtype),
         grid=(pl.cdiv(m, config.tokens), n // plan.strip),
         grid_names=("m", "n"),
@@ -51,8 +51,7 @@ def fused(x: Any, weight: Any, scale: Any, zero: Any, config: BlockConfig, *, se
     return call(*operands)
 
 
-def _body(plan: Plan, settled: bool, *refs: Any, **scratch: Any) -> None:
-    plgpu.griddepcontrol_launch_dependents()  # what follows may take processors as blocks leave them, and then waits
+def _body(plan: Plan, *refs: Any, **scratch: Any) -> None:
     *sources, y = refs
     c = plan.config
     warpgroup = lax.axis_index("warpgroup")
@@ -68,13 +67,7 @@ def _body(plan: Plan, settled: bool, *refs: Any, **scratch: Any) -> None:
     @pl.when(warpgroup == c.readers)
     def _() -> None:
         plgpu.set_max_registers(c.registers[1], action="decrease")
-        copy = functools.partial(_fetch, plan, sources, scratch, first, steps, block_n, block_m)
-        if not settled:
-            plgpu.griddepcontrol_wait()
-        copy(pipeline.begin)
-        if settled:
-            plgpu.griddepcontrol_wait()  # x, and the memory that y takes, belong to what runs in front
-        copy(pipeline.fetch)
+        _fetch(plan, sources, scratch, first, steps, block_n, block_m)
         for _ in range((1 + plan.mail_in_ring) * (c.split > 1)):  # a cluster's barrier counts these threads too
             plgpu.inline_mgpu()(lambda _: combine.synchronize(0, c.split))()
 
@@ -88,10 +81,8 @@ def _body(plan: Plan, settled: bool, *refs: Any, **scratch: Any) -> None:
         _finish(plan, total, scratch, y, place, turn, block_n, block_m)
 
 
-def _fetch(
-    plan: Plan, sources: Any, scratch: Any, first: Any, steps: Any, block_n: Any, block_m: Any, stage: Any
-) -> None:
-    """A stage of the copies of this block's steps: `pipeline.begin` with the weight's, then `pipeline.fetch`."""
+def _fetch(plan: Plan, sources: Any, scratch: Any, first: Any, steps: Any, block_n: Any, block_m: Any) -> None:
+    """Stage in the copies of this block's steps."""
     names = ["xs", "ws", "ss"] + (["zs"] if plan.zeros else [])
     swizzles = {"xs": swizzled(16), "ws": () if plan.tiles else swizzled(8), "ss": (), "zs": ()}
     types = [PLAIN] * len(names) + [plgpu.RefType(swizzles[name]) for name in names] + [PLAIN] + [SCALAR] * 4
@@ -101,14 +92,14 @@ def _fetch(
         source, target = args[: len(names)], args[len(names) : 2 * len(names)]
         barriers, *scalars = args[2 * len(names) :]
         begin, count, at_n, at_m = (scalar.registers.flat[0] for scalar in scalars)
-        of_weight, of_x = _copies(plan, source, target, at_n, at_m)
-        stage(ctx, barriers, of_weight, of_x, begin, count)
+        copies = _copies(plan, source, target, at_n, at_m)
+        pipeline.fetch(ctx, barriers, copies, begin, count)
 
     fetch(*sources, *(scratch[name] for name in names), scratch["barriers"], first, steps, block_n, block_m)
 
 
-def _copies(plan: Plan, source: Any, target: Any, block_n: ir.Value, block_m: ir.Value) -> list[list[pipeline.Copy]]:
-    """The copies of one step: the weight's, codes first, which come from device memory; and that of x."""
+def _copies(plan: Plan, source: Any, target: Any, block_n: ir.Value, block_m: ir.Value) -> list[pipeline.Copy]:
+    """The copies of one step, codes first: they come from device memory, x mostly from the second-level cache."""
     c, index = plan.config, ir.IndexType.get()
     column, token = (arith.index_cast(index, v) for v in (block_n, block_m))
 
@@ -136,8 +127,8 @@ def _copies(plan: Plan, source: Any, target: Any, block_n: ir.Value, block_m: ir
     else:
         of = lambda j: functools.partial(packed, j)
         copies = [pipeline.Copy(source[1], target[1], of(j), (8, 128), j) for j in range(c.wide)]
-    copies += [pipeline.Copy(s, t, per_group) for s, t in zip(source[2:], target[2:], strict=True)]
-    return [copies, [pipeline.Copy(source[0], target[0], rows_of_x, (8, 64))]]
+    copies.append(pipeline.Copy(source[0], target[0], rows_of_x, (8, 64)))
+    return copies + [pipeline.Copy(s, t, per_group) for s, t in zip(source[2:], target[2:], strict=True)]
 
 
 def _finish(plan: Plan, total: Any, scratch: Any, y: Any, place: Any, turn: Any, block_n: Any, block_m: Any) -> None:

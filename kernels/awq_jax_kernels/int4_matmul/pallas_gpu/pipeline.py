@@ -7,9 +7,7 @@ announces their bytes in a single arrival, and a reader warp releases with a sin
 take 128 arrivals a copy, and on an H100 four copies a step at 128 each were what bounded the kernel.
 """
 
-import contextlib
 import dataclasses
-from collections.abc import Iterator
 from typing import Any
 
 from jax.experimental.mosaic import gpu as mgpu
@@ -18,7 +16,7 @@ from jaxlib.mlir.dialects import arith, llvm, nvvm
 
 from awq_jax_kernels.mosaic_gpu.registers import asm, const, element_pointer
 
-__all__ = ["Copy", "begin", "fetch", "initialize", "release", "wait_full"]
+__all__ = ["Copy", "fetch", "initialize", "release", "wait_full"]
 
 WARPS = 4  # in a warpgroup
 
@@ -91,72 +89,35 @@ def initialize(barriers: ir.Value, readers: int) -> None:
     asm("bar.sync 0;", "")
 
 
-def begin(ctx: Any, barriers: ir.Value, early: list[Copy], late: list[Copy], first: ir.Value, steps: ir.Value) -> None:
-    """Announce all bytes of the ring's first round, and start the copies `early` of them."""
-    total = const(sum(copy.bytes for copy in early + late))
-    with _one_lane() as lane:
+def fetch(ctx: Any, barriers: ir.Value, copies: list[Copy], first: ir.Value, steps: ir.Value) -> None:
+    """Fill the ring with steps ``first .. first + steps``; called by a warpgroup, of which one lane does it.
 
-        @mgpu.fori(_first_round(barriers, steps), [])
-        def _(i: ir.Value, carry: list[Any]) -> list[Any]:
-            full = _announce(barriers, i, total)
-            _issue(ctx, early, i, arith.addi(first, i), full, lane)
-            return carry
-
-
-def fetch(ctx: Any, barriers: ir.Value, early: list[Copy], late: list[Copy], first: ir.Value, steps: ir.Value) -> None:
-    """Fill the ring with steps ``first .. first + steps``, of which `begin` has started a part.
-
-    Called by a warpgroup, of which one lane does it. The loop belongs to that lane alone. Were the other lanes to wait
-    for free slots beside it, the compiler could unroll a short loop and run the two apart, and a lane that falls behind
-    waits for a phase that has come and gone.
+    The loop belongs to that lane alone. Were the other lanes to wait for free slots beside it, the compiler could
+    unroll a short loop and run the two apart, and a lane that falls behind waits for a phase that has come and gone.
     """
     stages = ir.MemRefType(barriers.type).shape[0] // 2
-    total = const(sum(copy.bytes for copy in early + late))
-    with _one_lane() as lane:
-
-        @mgpu.fori(_first_round(barriers, steps), [])
-        def _(i: ir.Value, carry: list[Any]) -> list[Any]:
-            _issue(ctx, late, i, arith.addi(first, i), _full(barriers, i), lane)
-            return carry
-
-        @mgpu.fori(arith.maxsi(arith.subi(steps, const(stages)), const(0)), [])
-        def _(more: ir.Value, carry: list[Any]) -> list[Any]:
-            i = arith.addi(more, const(stages))
-            slot, use = arith.remui(i, const(stages)), arith.divui(i, const(stages))
-            _wait(_free(barriers, slot), arith.andi(arith.subi(use, const(1)), const(1)))
-            full = _announce(barriers, slot, total)
-            _issue(ctx, early + late, slot, arith.addi(first, i), full, lane)
-            return carry
-
-
-@contextlib.contextmanager
-def _one_lane() -> Iterator[ir.Value]:
-    """One lane of the warpgroup's first warp; its predicate."""
+    index, i32 = ir.IndexType.get(), ir.IntegerType.get_signless(32)
     warp = arith.remui(arith.shrui(mgpu.thread_idx(), const(5)), const(WARPS))
     with mgpu.when(arith.cmpi(arith.CmpIPredicate.eq, warp, const(0))):
         lane = nvvm.elect_sync()
+        total = const(sum(copy.bytes for copy in copies))
         with mgpu.when(lane):
-            yield lane
+
+            @mgpu.fori(steps, [])
+            def _(i: ir.Value, carry: list[Any]) -> list[Any]:
+                slot, use = arith.remui(i, const(stages)), arith.divui(i, const(stages))
+                again = arith.cmpi(arith.CmpIPredicate.ugt, use, const(0))
+                with mgpu.when(again):
+                    _wait(_free(barriers, slot), arith.andi(arith.subi(use, const(1)), const(1)))
+                full = _full(barriers, slot)
+                at = llvm.ptrtoint(i32, full)
+                asm("mbarrier.arrive.expect_tx.shared::cta.b64 _, [$0], $1;", "r,r", at, total)
+                step = arith.index_cast(index, arith.addi(first, i))
+                for copy in copies:
+                    copy.issue(ctx, arith.index_cast(index, slot), step, full, lane)
+                return carry
+
         asm("bar.warp.sync 0xffffffff;", "")
-
-
-def _first_round(barriers: ir.Value, steps: ir.Value) -> ir.Value:
-    stages = ir.MemRefType(barriers.type).shape[0] // 2
-    return arith.minsi(steps, const(stages))
-
-
-def _announce(barriers: ir.Value, slot: ir.Value, total: ir.Value) -> ir.Value:
-    """Tell a slot's barrier how many bytes will come; the barrier."""
-    full = _full(barriers, slot)
-    at = llvm.ptrtoint(ir.IntegerType.get_signless(32), full)
-    asm("mbarrier.arrive.expect_tx.shared::cta.b64 _, [$0], $1;", "r,r", at, total)
-    return full
-
-
-def _issue(ctx: Any, copies: list[Copy], slot: ir.Value, step: ir.Value, full: ir.Value, lane: ir.Value) -> None:
-    index = ir.IndexType.get()
-    for copy in copies:
-        copy.issue(ctx, arith.index_cast(index, slot), arith.index_cast(index, step), full, lane)
 
 
 def wait_full(barriers: ir.Value, step: ir.Value) -> None:

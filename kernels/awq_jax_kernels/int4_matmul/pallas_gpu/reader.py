@@ -72,7 +72,7 @@ class Reader:
     def multiply(self, acc: Any, slot: Any, unit: int) -> None:
         """Start adding one unit's product to an accumulator."""
         x = self.scratch["xs"].at[slot, :, pl.ds(unit * UNIT, UNIT)]
-        plgpu.wgmma(acc, self.weight(slot, unit), plgpu.transpose_ref(x, (1, 0)))
+        plgpu.wgmma(acc, self.weight(slot, unit), x.transpose((1, 0)))
 
     def scaled_result(self, count: Any) -> Any:
         """Sum each group unscaled and add it scaled: codes stay exact, and one multiplication serves a result."""
