@@ -24,7 +24,8 @@ __all__ = ["Plan", "body"]
 VECTOR = 8  # channels of a lane
 DEEP = 4  # rows of keys and of values that a lane asks for before it waits
 NOTHING = -1e30  # a maximum over no positions, whose weight beside any other is 0 without an invalid difference
-MULTIPROCESSORS = 132
+RESIDENT = {2: 132}  # blocks of clusters of two that an H100 holds at once
+FEWER = 100  # of larger clusters, which don't tile its groups of 16 to 18 processors
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,9 +57,10 @@ class Plan:
 
     @property
     def split(self) -> int:
-        """Blocks that share a head: as many as processors are left for, and no more than positions for."""
+        """Blocks that share a head: as many as run at once, and no more than there are positions for."""
         heads, useful = self.form.batch * self.form.kv, self.form.span / self.teams
-        return next((s for s in (8, 4, 2) if s * heads <= MULTIPROCESSORS and s <= useful), 1)
+        fitting = (s for s in (8, 6, 4, 3, 2) if s * heads <= RESIDENT.get(s, FEWER) and s <= useful)
+        return next(fitting, 1)
 
     @property
     def outputs(self) -> int:
