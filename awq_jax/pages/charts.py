@@ -9,6 +9,10 @@ from typing import NamedTuple
 __all__ = ["Series", "bars", "curves", "stems"]
 
 
+_ENDS = (1, 1.2, 1.6, 2, 2.4, 3.2, 4, 4.8, 6, 8, 10)
+_READABLE = 40.0  # a bar as wide as its value in print
+
+
 class Series(NamedTuple):
     """A named row of values; None leaves a gap."""
 
@@ -40,15 +44,15 @@ def _line(x1: float, y1: float, x2: float, y2: float, kind: str) -> str:
 
 
 def _round_up(value: float) -> float:
-    """The next of 1, 2, 4, 6, 8 times a power of ten: where an axis ends whose quarters are labelled."""
+    """The next short number whose quarters are short too: where an axis ends."""
     power = 10.0 ** math.floor(math.log10(value))
-    return next(step * power for step in (1, 2, 4, 6, 8, 10) if step * power >= value * (1 - 1e-9))
+    return next(step * power for step in _ENDS if step * power >= value * (1 - 1e-9))
 
 
 def bars(
     labels: Sequence[str], series: Sequence[Series], *, label: str, width: float = 920.0, height: float = 240.0
 ) -> str:
-    """Grouped bars from 0, one group for each label.
+    """Grouped bars from 0, one group for each label; wide ones carry their values.
 
     Args:
       labels: under the groups; of many, some are left out.
@@ -59,7 +63,7 @@ def bars(
     """
     top = _round_up(max((v for s in series for v in s.values if v is not None), default=1.0) or 1.0)
     left, bottom = 52.0, height - 24
-    room, slot = bottom - 10, (width - left - 8) / max(len(labels), 1)
+    room, slot = bottom - 18, min((width - left - 8) / max(len(labels), 1), 300.0)
     wide = min(slot * 0.8 / len(series), 44.0)
     parts = []
     for step in range(5):
@@ -73,6 +77,8 @@ def bars(
             if value is None:
                 continue
             x, tall = middle + wide * (i - len(series) / 2), room * value / top
+            if wide >= _READABLE:
+                parts.append(_text(x + wide * 0.47, bottom - tall - 4, _number(value)))
             parts.append(
                 f'<rect x="{x:.1f}" y="{bottom - tall:.1f}" width="{wide * 0.94:.1f}" height="{tall:.1f}" class="s{i}">'
                 f"<title>{escape(f'{name}, {one.name}: {_number(value)}')}</title></rect>"
