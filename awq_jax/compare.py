@@ -17,6 +17,7 @@ from awq_jax.pipeline import quantize_checkpoint
 from awq_jax.prepare import read_samples
 from awq_jax.run import evaluate_checkpoint
 from awq_jax_convert.hf import HFCheckpoint
+from awq_jax_convert.hf_config import FamilyChoice
 from awq_jax_convert.sink import refuse_overlap
 
 __all__ = ["Compared", "compare_methods", "to_markdown"]
@@ -80,6 +81,7 @@ def compare_methods(
     samples: int = 128,
     seq_len: int = 512,
     tokens: int = 20_000,
+    family: FamilyChoice = None,
     overwrite: bool = False,
     progress: Callable[[str], None] = lambda step: None,
 ) -> tuple[Compared, ...]:
@@ -97,6 +99,7 @@ def compare_methods(
       samples: calibration samples at most.
       seq_len: tokens of a sample at most.
       tokens: of the held-out text, at most.
+      family: a table, the name of one or its TOML file, instead of the one that serves config.json's architecture.
       overwrite: replace ``out`` if awq-jax wrote it.
       progress: called with what begins.
 
@@ -107,7 +110,7 @@ def compare_methods(
       FileNotFoundError, FileExistsError, ValueError: bad input, named.
     """
     recipes = list(_recipes(methods, bits, base))
-    source = HFCheckpoint.open(Path(src))
+    source = HFCheckpoint.open(Path(src), family)
     refuse_overlap(source.path, Path(out))
     chosen = read_samples(source, None if calib is None else Path(calib), samples=samples, seq_len=seq_len)
     with published(out, overwrite=overwrite) as work:
@@ -115,7 +118,7 @@ def compare_methods(
         if text is None:
             held.write_text(stdlib_text.documentation("heldout"), encoding="utf-8")
         progress("measuring the dense model")
-        found = evaluate_checkpoint(src, held, base=src, tokens=tokens)
+        found = evaluate_checkpoint(src, held, base=src, tokens=tokens, family=family)
         rows = [_row(16, "dense", found, source.nbytes, 0.0)]
         for recipe in recipes:
             quant = recipe.quant
@@ -123,9 +126,9 @@ def compare_methods(
             progress(name)
             target = work / name
             report = quantize_checkpoint(
-                source.path, target, recipe=recipe, calib=chosen, format="native", resume="never"
+                source.path, target, recipe=recipe, calib=chosen, format="native", family=family, resume="never"
             )
-            found = evaluate_checkpoint(target, held, base=src, tokens=tokens)
+            found = evaluate_checkpoint(target, held, base=src, tokens=tokens, family=family)
             errors = tuple(layer.error for layer in report.layers)
             seconds = sum(report.seconds.values())
             row = _row(quant.bits, recipe.method, found, report.bytes_after, seconds, errors)

@@ -96,6 +96,12 @@ class GroupReport:
         """``loss / rtn_loss``; None where that says nothing."""
         return self.loss / self.rtn_loss if self.loss is not None and self.rtn_loss else None
 
+    def written_gain(self, objective: str) -> float | None:
+        """``written_loss / rtn_loss``; None where that says nothing, as where the objective has another unit."""
+        if objective != "gram" or self.written_loss is None or not self.rtn_loss:
+            return None
+        return self.written_loss / self.rtn_loss
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LayerReport:

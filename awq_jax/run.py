@@ -209,6 +209,7 @@ def generate_text(
     top_k: int | None = None,
     top_p: float | None = None,
     seed: int = 0,
+    family: FamilyChoice = None,
 ) -> dict[str, Any]:
     """Continue a prompt.
 
@@ -220,6 +221,7 @@ def generate_text(
       top_k: sample from the k likeliest tokens.
       top_p: sample from the smallest set of probability p.
       seed: of sampling.
+      family: see `load_model`.
 
     Returns:
       ``prompt``, ``text`` (what was added) and ``tokens`` (its ids).
@@ -229,7 +231,7 @@ def generate_text(
     """
     if not 0 <= seed < 2**32:
         raise ValueError(f"seed is {seed}; it must be from 0 to {2**32 - 1} (--seed).")
-    model = load_model(path, jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16)
+    model = load_model(path, jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16, family)
     return continue_prompt(
         model,
         prompt,

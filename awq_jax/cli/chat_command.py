@@ -10,6 +10,8 @@ input leaves.
 import argparse
 import pathlib
 
+from awq_jax.cli.family_option import add_family
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
@@ -22,6 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--top-k", type=int, metavar="K", help="sample from the K likeliest tokens")
     add("--top-p", type=float, metavar="P", help="sample from the smallest set of probability P")
     add("--seed", type=int, default=0, metavar="S", help="of sampling (%(default)s)")
+    add_family(parser)
     add("--dense", action="store_true", help="dequantize weights once, when loading; faster on a CPU")
     add("--chat-template", type=pathlib.Path, metavar="FILE", help="instead of the checkpoint's")
 
@@ -36,6 +39,7 @@ def run(args: argparse.Namespace) -> int:
         chat_template=args.chat_template,
         max_len=args.max_len,
         dense=args.dense,
+        family=args.family,
         max_new_tokens=args.max_new_tokens,
         temperature=args.temperature,
         top_k=args.top_k,

@@ -10,6 +10,8 @@ import argparse
 import pathlib
 import sys
 
+from awq_jax.cli.family_option import add_family
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
@@ -21,6 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--batch", type=int, default=8, metavar="N", help="sequences at a time (%(default)s)")
     add("--max-len", type=int, default=1024, metavar="N", help="positions of each (%(default)s)")
     add("--steps", type=int, default=8, metavar="N", help="tokens for each call of decode (%(default)s)")
+    add_family(parser)
     add("--int8-cache", action="store_true", help="keys and values in int8")
     add("--int4-head", action="store_true", help="round the output head to INT4 too")
 
@@ -39,6 +42,7 @@ def run(args: argparse.Namespace) -> int:
         chip=args.chip,
         int8_cache=args.int8_cache,
         int4_head=args.int4_head,
+        family=args.family,
     )
     size = sum(file.stat().st_size for file in args.out.iterdir())
     if args.platform == "cuda" and manifest["product"] == "xla":

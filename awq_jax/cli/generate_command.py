@@ -10,6 +10,8 @@ import argparse
 import json
 import pathlib
 
+from awq_jax.cli.family_option import add_family
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
@@ -21,6 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--top-k", type=int, metavar="K", help="sample from the K likeliest tokens")
     add("--top-p", type=float, metavar="P", help="sample from the smallest set of probability P")
     add("--seed", type=int, default=0, metavar="S", help="of sampling (%(default)s)")
+    add_family(parser)
     add("--json", action="store_true", help="print prompt, text and token ids as JSON")
 
 
@@ -36,6 +39,7 @@ def run(args: argparse.Namespace) -> int:
         top_k=args.top_k,
         top_p=args.top_p,
         seed=args.seed,
+        family=args.family,
     )
     print(json.dumps({"dir": str(args.dir), **result}) if args.json else result["prompt"] + result["text"])
     return 0

@@ -12,6 +12,8 @@ same checkpoint with vLLM.
 import argparse
 import pathlib
 
+from awq_jax.cli.family_option import add_family
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
@@ -26,6 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--max-body", type=int, default=1 << 20, metavar="BYTES", help="of a request (%(default)s)")
     add("--int8-cache", action="store_true", help="keys and values in int8")
     add("--int4-head", action="store_true", help="round the output head to INT4 too")
+    add_family(parser)
     add("--dense", action="store_true", help="dequantize weights once, when loading; faster on a CPU")
     add("--chat-template", type=pathlib.Path, metavar="FILE", help="instead of the checkpoint's")
 
@@ -46,6 +49,7 @@ def run(args: argparse.Namespace) -> int:
         int8_cache=args.int8_cache,
         int4_head=args.int4_head,
         dense=args.dense,
+        family=args.family,
         chat_template=args.chat_template,
     )
     return 0

@@ -9,6 +9,10 @@ from typing import NamedTuple
 __all__ = ["Series", "bars", "curves", "stems"]
 
 
+_ENDS = (1, 1.2, 1.6, 2, 2.4, 3.2, 4, 4.8, 6, 8, 10)
+_READABLE = 40.0  # a bar as wide as its value in print
+
+
 class Series(NamedTuple):
     """A named row of values; None leaves a gap."""
 
@@ -25,6 +29,12 @@ def _svg(width: float, height: float, parts: Iterable[str], label: str) -> str:
     return f'<svg viewBox="0 0 {width:g} {height:g}" role="img" aria-label="{escape(label)}">{body}</svg>'
 
 
+def _cut_above(top: float, width: float, height: float, parts: Iterable[str]) -> str:
+    """Parts without what lies above a line: they leave the picture there."""
+    box = f'y="{top:g}" width="{width:g}" height="{height:g}" viewBox="0 {top:g} {width:g} {height:g}"'
+    return f"<svg {box}>{''.join(parts)}</svg>"
+
+
 def _text(x: float, y: float, words: str, kind: str = "", anchor: str = "middle") -> str:
     return f'<text x="{x:.1f}" y="{y:.1f}" class="{kind}" text-anchor="{anchor}">{escape(words)}</text>'
 
@@ -34,15 +44,15 @@ def _line(x1: float, y1: float, x2: float, y2: float, kind: str) -> str:
 
 
 def _round_up(value: float) -> float:
-    """The next of 1, 2, 2.5, 5 times a power of ten: where an axis ends."""
+    """The next short number whose quarters are short too: where an axis ends."""
     power = 10.0 ** math.floor(math.log10(value))
-    return next(step * power for step in (1, 2, 2.5, 5, 10) if step * power >= value * (1 - 1e-9))
+    return next(step * power for step in _ENDS if step * power >= value * (1 - 1e-9))
 
 
 def bars(
     labels: Sequence[str], series: Sequence[Series], *, label: str, width: float = 920.0, height: float = 240.0
 ) -> str:
-    """Grouped bars from 0, one group for each label.
+    """Grouped bars from 0, one group for each label; wide ones carry their values.
 
     Args:
       labels: under the groups; of many, some are left out.
@@ -53,7 +63,7 @@ def bars(
     """
     top = _round_up(max((v for s in series for v in s.values if v is not None), default=1.0) or 1.0)
     left, bottom = 52.0, height - 24
-    room, slot = bottom - 10, (width - left - 8) / max(len(labels), 1)
+    room, slot = bottom - 18, min((width - left - 8) / max(len(labels), 1), 300.0)
     wide = min(slot * 0.8 / len(series), 44.0)
     parts = []
     for step in range(5):
@@ -67,6 +77,8 @@ def bars(
             if value is None:
                 continue
             x, tall = middle + wide * (i - len(series) / 2), room * value / top
+            if wide >= _READABLE:
+                parts.append(_text(x + wide * 0.47, bottom - tall - 4, _number(value)))
             parts.append(
                 f'<rect x="{x:.1f}" y="{bottom - tall:.1f}" width="{wide * 0.94:.1f}" height="{tall:.1f}" class="s{i}">'
                 f"<title>{escape(f'{name}, {one.name}: {_number(value)}')}</title></rect>"
@@ -81,8 +93,8 @@ def curves(
     best: tuple[float, float] | None,
     *,
     label: str,
-    width: float = 300.0,
-    height: float = 130.0,
+    width: float = 220.0,
+    height: float = 116.0,
 ) -> str:
     """Ratios over an exponent; a dashed line at 1.
 
@@ -99,9 +111,9 @@ def curves(
     # What is far worse than rounding to nearest needs no room: the curve leaves the picture.
     low_y, high_y = min(1.0, *ys), max(1.02, min(max(ys), 2 - min(1.0, *ys), 1.6))
     pad = 0.06 * (high_y - low_y)
-    low_y, high_y, left, bottom = low_y - pad, high_y + pad, 38.0, height - 20
+    low_y, high_y, left, bottom = low_y - pad, high_y + pad, 32.0, height - 20
     at_x = lambda x: left + (x - low_x) / (high_x - low_x) * (width - left - 10)
-    at_y = lambda y: max(bottom - (y - low_y) / (high_y - low_y) * (bottom - 8), 4.0)
+    at_y = lambda y: bottom - (y - low_y) / (high_y - low_y) * (bottom - 8)
     parts = [
         _line(left, at_y(1.0), width - 10, at_y(1.0), "one"),
         _line(left, bottom, width - 10, bottom, "grid"),
@@ -110,11 +122,14 @@ def curves(
         if min(ys) < 1 - 0.12 * (high_y - low_y)
         else "",
         _text(left, height - 6, _number(low_x)),
+        _text((left + width - 10) / 2, height - 6, "exponent"),
         _text(width - 12, height - 6, _number(high_x)),
     ]
+    drawn = []
     for i, (name, row, values) in enumerate(lines):
         points = " ".join(f"{at_x(x):.1f},{at_y(y):.1f}" for x, y in zip(row, values, strict=True) if y is not None)
-        parts.append(f'<polyline points="{points}" class="l{i}"><title>{escape(name)}</title></polyline>')
+        drawn.append(f'<polyline points="{points}" class="l{i}"><title>{escape(name)}</title></polyline>')
+    parts.append(_cut_above(4.0, width, height - 4, drawn))
     if best:
         parts.append(
             f'<circle cx="{at_x(best[0]):.1f}" cy="{at_y(best[1]):.1f}" r="4.5" class="best">'
@@ -131,8 +146,8 @@ def stems(
     *,
     salient: set[int],
     label: str,
-    width: float = 300.0,
-    height: float = 130.0,
+    width: float = 220.0,
+    height: float = 116.0,
 ) -> str:
     """Magnitudes by channel on a logarithmic axis, over their own medians.
 
@@ -155,7 +170,7 @@ def stems(
     up, over = relative(tall), [relative(line) for line in lines]
     found = [v for row in (up, *over) for v in row if v is not None] or [0.0]
     low, high = min(*found, -0.3) - 0.05, max(*found, 0.3) + 0.05
-    left, bottom = 38.0, height - 20
+    left, bottom = 32.0, height - 20
     at_x = lambda i: left + (i + 0.5) / max(len(channels), 1) * (width - left - 10)
     at_y = lambda v: bottom - (v - low) / (high - low) * (bottom - 8)
     parts = [_line(left, bottom, width - 10, bottom, "grid")]
@@ -180,5 +195,6 @@ def stems(
         parts.append(f'<polyline points="{points}" class="l{place}"/>')
     if channels:
         parts += [_text(left, height - 6, str(channels[0]), anchor="start")]
+        parts += [_text((left + width - 10) / 2, height - 6, "channel")]
         parts += [_text(width - 10, height - 6, str(channels[-1]), anchor="end")]
     return _svg(width, height, parts, label)

@@ -72,7 +72,7 @@ def comparison_page(name: str, rows: Sequence[Row], text: str) -> str:
             ]
         ),
         f"<h2>KL divergence from the dense model</h2><p>Nats a token, on {escape(text)}. Lower is better.</p>",
-        f'<div class="card">{keys}{kl}</div>',
+        f'<div class="card wide">{keys}{kl}</div>',
         table(HEAD, table_rows(rows), best={rows.index(row) for row in lowest}),
         "<h2>Output error by layer</h2><p>Squared error of what a layer adds to the stream, over the square of what it "
         "adds, on the calibration text.</p>",
@@ -82,5 +82,5 @@ def comparison_page(name: str, rows: Sequence[Row], text: str) -> str:
         names = [str(i) for i in range(len(series[0].values))]
         chart = bars(names, series, label=f"output error by layer, {form}")
         here = key([(f"k{i}", one.name) for i, one in enumerate(series)])  # not every format has every method
-        body.append(f'<div class="card"><h3>{form}</h3>{here}{chart}</div>')
+        body.append(f'<div class="card wide"><h3>{form}</h3>{here}{chart}</div>')
     return document(name, "Methods compared on one model, one calibration text and one held-out text.", body)

@@ -34,17 +34,27 @@ def tiles(items: Iterable[tuple[str, str]]) -> str:
     return f'<div class="tiles">{"".join(made)}</div>'
 
 
-def key(items: Iterable[tuple[str, str]]) -> str:
-    """(class, name) pairs: which colour is what."""
-    return f'<p class="key">{"".join(f"""<i class="{kind}"></i>{escape(name)}""" for kind, name in items)}</p>'
+def key(items: Iterable[tuple[str, str]], lead: str = "") -> str:
+    """(class, name) pairs: which colour is what; ``lead`` says where."""
+    made = (f'<span><i class="{kind}"></i>{escape(name)}</span>' for kind, name in items)
+    return f'<p class="key">{f"<b>{escape(lead)}</b>" if lead else ""}{"".join(made)}</p>'
 
 
-def table(head: Sequence[str], rows: Iterable[Sequence[str]], *, best: Collection[int] = ()) -> str:
-    """A table of plain text; ``best`` are the rows to stand out."""
-    top = "".join(f"<th>{escape(cell)}</th>" for cell in head)
+def table(
+    head: Sequence[str], rows: Iterable[Sequence[str]], *, best: Collection[int] = (), words: bool = False
+) -> str:
+    """A table of plain text.
+
+    Args:
+      head: names of the columns; nothing, if it needs none.
+      rows: cells.
+      best: rows to stand out.
+      words: cells are words, not numbers: they start where their column does.
+    """
+    top = f"<tr>{''.join(f'<th>{escape(cell)}</th>' for cell in head)}</tr>" if head else ""
     made = []
     for place, row in enumerate(rows):
         kind = ' class="best"' if place in best else ""
         cells = "".join(f"<td{' class=wrap' if len(cell) > 60 else ''}>{escape(cell)}</td>" for cell in row)
         made.append(f"<tr{kind}>{cells}</tr>")
-    return f'<div class="card"><table class="text"><tr>{top}</tr>{"".join(made)}</table></div>'
+    return f'<div class="card"><table class="{"words" if words else "text"}">{top}{"".join(made)}</table></div>'

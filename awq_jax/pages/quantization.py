@@ -99,9 +99,10 @@ def _layers(report: Data) -> Iterator[str]:
     recipe = report["recipe"]
     rules = [rule["name"] for rule in _rules(recipe) if rule["name"] != "identity"]
     if rules:
-        yield key([(f"kl{i % 3}", f"loss of rule {name} by exponent") for i, name in enumerate(rules)])
-    stands = ("k1", "of a salient one")
-    yield key([("kst", "mean |x| of a channel"), stands, ("kl1", "scale"), ("kl2", "mean |w|; each over its median")])
+        names = [(f"kl{i % 5}", f"rule {name}") for i, name in enumerate(rules)]
+        yield key(names, "Curves: loss over round to nearest’s, by exponent")
+    drawn = [("kst", "mean |x|"), ("k1", "of a salient channel"), ("kl1", "scale"), ("kl2", "mean |w|")]
+    yield key(drawn, "Stems: each over its median, by channel")
     for layer in report["layers"]:
         opened = " open" if layer["index"] < 2 else ""
         gain = _ratio(layer["error"], layer["rtn_error"])
@@ -120,7 +121,7 @@ def _errors(layers: Sequence[Data]) -> str:
         Series("as written", [layer["error"] for layer in layers]),
     ]
     keys = key([("k0", "round to nearest"), ("k1", "as written")])
-    return f'<div class="card">{keys}{bars(names, series, label="output error by layer")}</div>'
+    return f'<div class="card wide">{keys}{bars(names, series, label="output error by layer")}</div>'
 
 
 def _reasons(report: Data) -> str:
@@ -133,7 +134,7 @@ def _reasons(report: Data) -> str:
     if not listed:
         return "<p>None: every weight has what the recipe asked for.</p>"
     rows = [(paths[0], f"{len(paths)}", reason) for reason, paths in listed.items()]
-    return table(("the first such weight", "weights", "reason"), rows)
+    return table(("the first such weight", "weights", "reason"), rows, words=True)
 
 
 def _chosen(budget: Data | None) -> Iterator[str]:
@@ -181,7 +182,7 @@ def quantization_page(name: str, report: Data, *, measured: Sequence[tuple[str, 
         _reasons(report),
         "<h2>How it was made</h2>",
         table(
-            ("", ""),
+            (),
             [
                 ("recipe", recipe_in_words(recipe, budget)),
                 ("weights", covered),
@@ -194,6 +195,7 @@ def quantization_page(name: str, report: Data, *, measured: Sequence[tuple[str, 
                 *((("peak memory of the device", f"{device / 1e9:.2f} GB"),) if device else ()),
                 *((f"time, {phase}", f"{seconds:.1f} s") for phase, seconds in report["seconds"].items()),
             ],
+            words=True,
         ),
     ]
     return document(name, escape(recipe_in_words(recipe, budget)), body)

@@ -9,6 +9,7 @@ from awq_jax.serving.engine import Request
 from awq_jax.serving.http import engine_of
 from awq_jax.serving.template import ChatTemplate
 from awq_jax.serving.text import TextStream
+from awq_jax_convert.hf_config import FamilyChoice
 
 __all__ = ["Chat"]
 
@@ -21,7 +22,7 @@ class Chat:
       system: first message, where there is a template.
       chat_template: file instead of the checkpoint's.
       max_len: positions of the whole conversation.
-      dense: see `awq_jax.serving.load.load`.
+      dense, family: see `awq_jax.serving.load.load`.
       max_new_tokens: of an answer, at most.
       **sampling: fields of `Request`.
 
@@ -37,12 +38,14 @@ class Chat:
         chat_template: Path | None = None,
         max_len: int | None = None,
         dense: bool = False,
+        family: FamilyChoice = None,
         max_new_tokens: int = 256,
         **sampling: Any,
     ) -> None:
         Request(prompt=(0,), max_new_tokens=max_new_tokens, **sampling)  # refused before the weights are read
         self.template = ChatTemplate.of_checkpoint(directory, chat_template) if directory.is_dir() else None
-        self._engine, self._tokenizer, self._stops = engine_of(directory, slots=1, max_len=max_len, dense=dense)
+        options: dict[str, Any] = {"max_len": max_len, "dense": dense, "family": family}
+        self._engine, self._tokenizer, self._stops = engine_of(directory, slots=1, **options)
         self._limit, self._sampling = max_new_tokens, sampling
         self.messages = [{"role": "system", "content": system}] if system else []
 

@@ -23,6 +23,7 @@ from awq_jax.serving.load import ServingModel, load
 from awq_jax.serving.loader import VERSION
 from awq_jax.serving.sampling import Sampling
 from awq_jax.serving.steps import Start, decode, empty_slots, prefill
+from awq_jax_convert.hf_config import FamilyChoice
 from awq_jax_kernels.chips import TPUS
 
 __all__ = ["PLATFORMS", "export"]
@@ -41,6 +42,7 @@ def export(
     chip: str | None = None,
     int8_cache: bool = False,
     int4_head: bool = False,
+    family: FamilyChoice = None,
 ) -> dict[str, Any]:
     """Write a checkpoint's steps for a platform that need not be at hand.
 
@@ -53,7 +55,7 @@ def export(
       max_len: positions of each, prompt and answer.
       steps: tokens for each call of decode.
       chip: TPU generation whose tuned block sizes the kernels take; any TPU runs the ones taken without it.
-      int8_cache, int4_head: as in `awq_jax.serving.http.engine_of`.
+      int8_cache, int4_head, family: as in `awq_jax.serving.http.engine_of`.
 
     Returns:
       The manifest.
@@ -71,7 +73,8 @@ def export(
         raise ValueError(f"chip {chip!r} of platform {platform!r}; TPUs are {', '.join(TPUS)} (--chip).")
     if batch < 1 or steps < 1:
         raise ValueError(f"batch {batch} and steps {steps} must be at least 1.")
-    model = load(directory, dtype=jnp.float32 if platform == "cpu" else jnp.bfloat16, int4_head=int4_head)
+    wide = jnp.float32 if platform == "cpu" else jnp.bfloat16
+    model = load(directory, dtype=wide, int4_head=int4_head, family=family)
     positions = model.config.max_position_embeddings
     if not 2 <= max_len <= positions:
         raise ValueError(f"max_len is {max_len}; the model has {positions} positions (--max-len).")

@@ -12,6 +12,7 @@ from awq_jax.serving.engine import Engine
 from awq_jax.serving.load import load
 from awq_jax.serving.template import ChatTemplate
 from awq_jax.serving.worker import Worker
+from awq_jax_convert.hf_config import FamilyChoice
 from awq_jax_convert.tokenizer import Tokenizer
 
 __all__ = ["engine_of", "serve"]
@@ -29,6 +30,7 @@ def engine_of(
     int8_cache: bool = False,
     int4_head: bool = False,
     dense: bool = False,
+    family: FamilyChoice = None,
 ) -> tuple[Engine, Tokenizer, tuple[int, ...]]:
     """An engine over a checkpoint, its tokenizer, and the tokens that end a text; see `Engine` and `load`.
 
@@ -42,6 +44,7 @@ def engine_of(
         dtype=jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16,
         int4_head=int4_head,
         dense=dense,
+        family=family,
     )
     assert tokenizer is not None  # load refuses what is no directory
     length = min(POSITIONS, model.config.max_position_embeddings) if max_len is None else max_len

@@ -17,6 +17,7 @@ from awq_jax._spec import QuantSpec
 from awq_jax.models import DecoderConfig
 from awq_jax.serving.fuse import fuse_layer
 from awq_jax_convert.formats import open_checkpoint
+from awq_jax_convert.hf_config import FamilyChoice
 from awq_jax_convert.source import Checkpoint
 
 __all__ = ["ServingModel", "int4_head_of", "load", "read_tree", "wide_norms"]
@@ -51,7 +52,12 @@ class ServingModel:
 
 
 def load(
-    path: str | os.PathLike[str], *, dtype: Any = jnp.float32, int4_head: bool = False, dense: bool = False
+    path: str | os.PathLike[str],
+    *,
+    dtype: Any = jnp.float32,
+    int4_head: bool = False,
+    dense: bool = False,
+    family: FamilyChoice = None,
 ) -> ServingModel:
     """Read a checkpoint for serving on one device.
 
@@ -61,11 +67,12 @@ def load(
       int4_head: round the output head to INT4 too, in groups of 128 or of what divides its rows. It is a quarter of the
         bytes of a small model's step, and every token's logits depend on it.
       dense: dequantize every weight once, here. Eight times the memory of a packed float32 step, and on a CPU faster.
+      family: a table, the name of one or its TOML file, instead of the one that serves config.json's architecture.
 
     Raises:
       FileNotFoundError, ValueError: as `awq_jax_convert.formats.open_checkpoint`.
     """
-    checkpoint = open_checkpoint(path)
+    checkpoint = open_checkpoint(path, family)
 
     def place(_: str, tree: Any) -> Any:
         tree = jax.tree.map(jnp.asarray, tree)

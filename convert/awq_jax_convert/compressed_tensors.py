@@ -8,14 +8,14 @@ where it is asymmetric, ``weight_zero_point`` int32 ``[n*b/32, k/g]``, packed al
 """
 
 import dataclasses
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Mapping
 
 import numpy as np
 
 from awq_jax._qtensor import QTensor
 from awq_jax_convert.codec import refuse_damaged_scales
-from awq_jax_convert.compressed_tensors_config import ConfigGroup, groups_of, read_groups, scheme_of, to_config
+from awq_jax_convert.compressed_tensors_codec import ConfiguredCodec, refuse_bad_scales, refuse_parts
+from awq_jax_convert.compressed_tensors_config import PACKED as FORMAT
 from awq_jax_convert.safetensors_dir import TensorMeta
 from awq_jax_convert.safetensors_header import FLOATS
 from awq_jax_convert.scheme import Scheme
@@ -69,12 +69,7 @@ def encode(name: str, weight: QTensor, *, symmetric: bool) -> dict[str, np.ndarr
         raise ValueError(f"{name!r} has 3 bits, of which compressed-tensors has two layouts. Write the native format.")
     if symmetric and weight.zero is not None:
         raise ValueError(f"{name!r} has zeros, the checkpoint is to be symmetric.")
-    bad = int((~np.isfinite(scale) | (scale <= 0)).sum())
-    if bad:
-        raise ValueError(
-            f"{bad} of {scale.size} scales of {name!r} are not finite and positive. Leave this weight unquantized with "
-            "an override."
-        )
+    refuse_bad_scales(name, scale)
     half = 2 ** (bits - 1)
     codes = unpack_numpy(np.asarray(weight.packed), bits).T
     if weight.zero is None:  # symmetric nibbles lie around 8, whatever their width
@@ -91,46 +86,19 @@ def encode(name: str, weight: QTensor, *, symmetric: bool) -> dict[str, np.ndarr
 
 
 @dataclasses.dataclass(frozen=True)
-class CompressedTensors:
+class CompressedTensors(ConfiguredCodec):
     """The codec of one checkpoint.
 
     Attributes:
-      groups: what its ``config_groups`` say; empty for one that is yet to be written.
-      ignore: modules that stay dense.
       group_size: of a checkpoint to be written: -1 where every weight has one group.
       symmetric: whether one to be written leaves zeros out.
     """
 
-    groups: tuple[ConfigGroup, ...] = ()
-    ignore: tuple[str, ...] = ()
     group_size: int = 128
     symmetric: bool = False
 
-    name = "compressed-tensors"
+    format = FORMAT
     parts = (PACKED, SCALE, ZERO, SHAPE, G_IDX)
-    scale_part = SCALE
-
-    @classmethod
-    def from_config(cls, config: Mapping[str, Any]) -> "CompressedTensors":
-        """Read a ``quantization_config``.
-
-        Raises:
-          ValueError: anything in it that is not understood.
-        """
-        groups, ignore = read_groups(config)
-        return cls(groups, ignore)
-
-    def to_config(self) -> dict[str, Any]:
-        """The ``quantization_config`` that other loaders read."""
-        return to_config(self.groups, self.ignore)
-
-    def scheme(self, name: str, parts: Iterable[str]) -> Scheme:
-        """The number format that the config gives a module.
-
-        Raises:
-          ValueError: no target matches it.
-        """
-        return scheme_of(self.groups, name)
 
     def shape(self, name: str, metas: Mapping[str, TensorMeta]) -> tuple[int, int]:
         """``(k, n)`` of a linear from its tensors' headers.
@@ -141,12 +109,7 @@ class CompressedTensors:
         scheme = self.scheme(name, metas)
         if G_IDX in metas:
             raise ValueError(f"{name!r} is quantized in activation order (weight_g_idx), which is not read.")
-        wanted = {PACKED, SCALE, SHAPE} | (set() if scheme.symmetric else {ZERO})
-        if set(metas) != wanted:
-            raise ValueError(
-                f"quantized module {name!r} has {', '.join(sorted(metas))}, its scheme asks for "
-                f"{', '.join(sorted(wanted))}; download the checkpoint again."
-            )
+        refuse_parts(name, metas, {PACKED, SCALE, SHAPE} | (set() if scheme.symmetric else {ZERO}))
         packed, scale, shape = metas[PACKED], metas[SCALE], metas[SHAPE]
         if packed.dtype != "I32" or scale.dtype not in FLOATS or shape.dtype not in ("I32", "I64"):
             raise ValueError(
@@ -179,10 +142,6 @@ class CompressedTensors:
         """`encode` of this format."""
         return encode(name, weight, symmetric=self.symmetric)
 
-    def skipping(self, dense: Iterable[str], quantized: Mapping[str, Scheme]) -> "CompressedTensors":
-        """This codec with a config group for every number format in use, and the modules that stay dense."""
-        schemes = {
-            name: Scheme(found.bits, -1 if self.group_size == -1 else found.group_size, self.symmetric)
-            for name, found in quantized.items()
-        }
-        return dataclasses.replace(self, groups=groups_of(schemes), ignore=tuple(sorted(dense)))
+    def written(self, scheme: Scheme) -> Scheme:
+        """Groups or whole columns, zeros or none, as the checkpoint has them."""
+        return Scheme(scheme.bits, -1 if self.group_size == -1 else scheme.group_size, self.symmetric)

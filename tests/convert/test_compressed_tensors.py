@@ -13,6 +13,7 @@ from awq_jax import QTensor, dequantize
 from awq_jax_convert.codecs import codec_of
 from awq_jax_convert.compressed_tensors import CompressedTensors, decode, encode
 from awq_jax_convert.compressed_tensors_config import read_groups
+from awq_jax_convert.int_quantized import IntQuantized
 from awq_jax_convert.safetensors_dir import TensorMeta
 from awq_jax_convert.safetensors_header import dtype_name
 from awq_jax_convert.scheme import Scheme
@@ -182,6 +183,12 @@ def test_a_group_for_every_number_format():
     assert again is not None and {name: again.scheme(name, ()) for name in found} == found
     with pytest.raises(ValueError, match=r"'a\.o' is quantized, but no target of quantization_config matches it"):
         again.scheme("a.o", ())
+
+
+def test_the_head_stays_dense_under_the_name_that_transformers_gives_it():
+    """GPT-NeoX's is ``embed_out`` in files and in vLLM; transformers renames it, and quantizes what is not named."""
+    for codec in (CompressedTensors(), IntQuantized()):
+        assert codec.skipping(["embed_out", "a.b"], {}).to_config()["ignore"] == ["a.b", "embed_out", "lm_head"]
 
 
 def test_a_name_goes_before_an_expression_and_that_before_the_class():

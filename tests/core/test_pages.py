@@ -131,4 +131,13 @@ def test_charts_of_nothing_and_of_gaps_are_still_charts():
     made = bars([], [Series("a", [])], label="x") + bars(["0"], [Series("a", [None]), Series("b", [0.0])], label="x")
     made += curves([], None, label="x") + curves([("a", [0.5], [None])], (0.5, 1.0), label="x")
     made += stems([], [], [], [], salient=set(), label="x") + stems([3], [0.0], [[None]], ["t"], salient={0}, label="x")
-    assert "nan" not in made and made.count("<svg") == made.count("</svg>") == 6
+    assert "nan" not in made and made.count('role="img"') == 6 and made.count("<svg") == made.count("</svg>")
+
+
+def test_what_is_far_above_round_to_nearest_leaves_the_picture_and_is_not_drawn_as_level():
+    """A line along the upper edge would say that all large exponents cost the same."""
+    picture = curves([("a", [0.0, 0.5, 1.0], [0.9, 5.0, 50.0])], (0.0, 0.9), label="x")
+    line = picture.split('<polyline points="')[1].split('"')[0]
+    heights = [float(point.split(",")[1]) for point in line.split()]
+    top = float(picture.split("<svg y=")[1].split('"')[1])
+    assert heights[0] > top > heights[1] > heights[2]

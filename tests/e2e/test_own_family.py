@@ -2,6 +2,7 @@
 """Tables of a user's own: the files of docs/families.md on random models in Hugging Face's layout."""
 
 import contextlib
+import io
 import json
 import re
 from pathlib import Path
@@ -13,7 +14,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from awq_jax._spec import QuantSpec, Recipe
-from awq_jax.cli import main
+from awq_jax.cli import COMMANDS, main
 from awq_jax.families import FAMILIES
 from awq_jax.prepare import open_planned
 from awq_jax_convert.family_file import FAMILY_FILE, open_table, parse_table, table_beside
@@ -23,7 +24,7 @@ from tests.models.families import SIZES, Tiny
 from tests.tiny_models import Oracle, logits_of, rounding, save_oracle, some_tokens
 
 RENAMED, AFTER = re.findall(r"```toml\n(.*?)```", Path("docs/families.md").read_text(), re.DOTALL)
-WIDE = {**SIZES, "vocab_size": 320, "hidden_size": 64, "intermediate_size": 96, "max_position_embeddings": 128}
+WIDE = {**SIZES, "vocab_size": 320, "hidden_size": 64, "intermediate_size": 96, "max_position_embeddings": 256}
 NAMES = {
     "model.embed_tokens": "decoder.embed",
     "self_attn.q_proj": "attn.wq",
@@ -124,17 +125,57 @@ def test_the_documented_table_reads_quantizes_and_goes_with_the_result(
     assert 1e-3 < np.abs(first - theirs).max() / np.abs(theirs).max() < 1  # the rounding is visible
 
 
-@pytest.mark.parametrize("command", ["inspect", "eval", "convert"])
+QUICK, SLOW = ("inspect", "eval", "convert"), ("chat", "compare", "export", "generate")
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        pytest.param(name, marks=pytest.mark.slow if name in SLOW else ())
+        for name in ("inspect", "eval", "convert", *SLOW)
+    ],
+)
 def test_the_refusal_says_how_and_the_option_helps(
-    command: str, source: Path, table: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    command: str,
+    source: Path,
+    table: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ):
-    more = {"eval": ["--text", str(source / "text.txt"), "--ctx", "16", "--tokens", "64"], "inspect": []}
-    more |= {"convert": [str(tmp_path / "out"), "--to", "dense"]}
+    text = str(source / "text.txt")
+    more = {
+        "inspect": [],
+        "eval": ["--text", text, "--ctx", "16", "--tokens", "64"],
+        "convert": [str(tmp_path / "out"), "--to", "dense"],
+        "generate": ["--prompt", "The quick", "--max-new-tokens", "2"],
+        "chat": ["--max-len", "64", "--max-new-tokens", "2"],
+        "export": [str(tmp_path / "out"), "--platform", "cpu", "--batch", "1", "--max-len", "16", "--steps", "2"],
+        "compare": [
+            str(tmp_path / "out"),
+            *"--methods minmax --bits 4 --group-size 16 --samples 2 --seq-len 32 --tokens 600 --quiet".split(),
+            *("--calib", text, "--text", text),
+        ],
+    }
+    monkeypatch.setattr("sys.stdin", io.StringIO("The quick\n\n"))
     assert main([command, str(source), *more[command]]) == 2
     said = capsys.readouterr().err
     assert "'MyModelForCausalLM' is not supported" in said
     assert "--family my_table.toml" in said and "docs/families.md" in said
     assert main([command, str(source), *more[command], "--family", str(table)]) == 0
+
+
+def test_every_command_that_reads_a_checkpoint_takes_the_option(
+    source: Path, table: Path, capsys: pytest.CaptureFixture[str]
+):
+    for command in COMMANDS:
+        if command not in ("families", "demo"):
+            with pytest.raises(SystemExit):
+                main([command, "--help"])
+            assert "--family NAME|FILE" in capsys.readouterr().out, command
+    # A server would not end: one without slots gets as far as reading the model.
+    assert main(["serve", str(source), "--port", "0", "--slots", "0", "--family", str(table)]) == 2
+    assert "not supported" not in (said := capsys.readouterr().err) and "slots" in said
 
 
 def test_a_name_reads_a_model_that_is_one_of_ours_under_another(oracle: Oracle, tmp_path: Path):
