@@ -180,7 +180,11 @@ def _refined(
     return dataclasses.replace(searched, params=params, losses=(None,) * len(searched.losses))
 
 
-@partial(jax.jit, static_argnames=("config", "plan", "measured", "tokens"), donate_argnames=("hidden", "stream"))
+@partial(
+    jax.jit,
+    static_argnames=("config", "plan", "measured", "tokens", "gathered"),
+    donate_argnames=("hidden", "stream"),
+)
 def quantize_and_measure(
     params: Params,
     hidden: Array,
@@ -191,6 +195,7 @@ def quantize_and_measure(
     plan: LayerPlan,
     measured: int = 1,
     tokens: int | None = None,
+    gathered: Callable[[Params], Params] | None = None,
 ) -> LayerOutcome:
     """Quantize one layer on its calibration inputs and choose between the search's result and round to nearest.
 
@@ -203,37 +208,40 @@ def quantize_and_measure(
       plan: of this layer.
       measured: chunks that the output error is measured on, and the block objective and int8 activations are scored on.
       tokens: how many of the mask are True, for `SearchSpec.stride`; None takes all for tokens.
+      gathered: puts parameters where samples pass through them (`awq_jax.sharding`); None leaves them.
     """
     tokens = tokens or mask.size
+    gathered = gathered or (lambda params: params)
+    whole = gathered(params)
     forward = lambda version, chunks: jax.lax.map(lambda h: block(config, version, h), chunks)
     if plan.propagate:
         assert stream is not None
-        stats, _ = calibrate(observer(config, plan, tokens), params, (stream, mask), has_aux=True)
-        outputs = forward(params, hidden)
+        stats, _ = calibrate(observer(config, plan, tokens), whole, (stream, mask), has_aux=True)
+        outputs = forward(whole, hidden)
         reobserve = reobserver(config, hidden, stream, mask)
     elif plan.refine is not None:
-        stats, outputs = calibrate(observer(config, plan, tokens), params, (hidden, mask), has_aux=True)
+        stats, outputs = calibrate(observer(config, plan, tokens), whole, (hidden, mask), has_aux=True)
         stream, reobserve = hidden, None
     else:
         kept = hidden[:measured]
-        stats, outputs = _in_place(observer(config, plan, tokens), params, hidden, mask, kept)
+        stats, outputs = _in_place(observer(config, plan, tokens), whole, hidden, mask, kept)
         hidden, stream, reobserve = kept, kept, None
     sample = jax.tree.map(lambda a: a[:measured].reshape(-1, *a.shape[2:]), (hidden, stream, outputs, mask))
     _, inputs, _, keep = sample
-    loss = block_loss(config, params, inputs, keep, plan) if plan.search.objective == "block" else lambda group: None
-    samples = _samples(config, params, inputs, keep, plan)
+    loss = block_loss(config, whole, inputs, keep, plan) if plan.search.objective == "block" else lambda group: None
+    samples = _samples(config, whole, inputs, keep, plan)
     searched = quantize_layer(params, stats, plan, loss, reobserve, samples)
     if plan.refine is not None:
         searched = _refined(config, searched, (stream, outputs, mask), plan.refine, measured)
     rounded = round_layer(params, plan, stats)
-    error, rtn_error = _relative_errors(config, [searched.params, rounded], *sample)
+    error, rtn_error = _relative_errors(config, [gathered(searched.params), gathered(rounded)], *sample)
     helped = error <= rtn_error  # False where the error is NaN
     chosen = jax.tree.map(lambda a, b: jnp.where(helped, a, b), searched.params, rounded)
     finite = {tap: jnp.isfinite(s.abs_sum).all() & jnp.isfinite(s.gram).all() for tap, s in stats.items()}
     return LayerOutcome(
         layer=dataclasses.replace(searched, params=chosen, wanted=None),
         hidden=outputs,
-        stream=forward(dequantize_tree(chosen), stream) if plan.propagate else None,
+        stream=forward(dequantize_tree(gathered(chosen)), stream) if plan.propagate else None,
         error=error,
         rtn_error=rtn_error,
         finite=finite,

@@ -171,7 +171,7 @@ def meshes(a: argparse.Namespace) -> dict[str, Any]:
         mesh = {axis: int(size) for axis, size in (part.split("=") for part in text.split(","))}
         ends: list[float] = []
         begun = time.perf_counter()
-        quantize_checkpoint(
+        report = quantize_checkpoint(
             a.home / "dense",
             a.home / f"int4-{text}",
             calib=a.home / "calib.jsonl",
@@ -181,7 +181,8 @@ def meshes(a: argparse.Namespace) -> dict[str, Any]:
         )
         wall = time.perf_counter() - begun
         peaks = [(device.memory_stats() or {}).get("peak_bytes_in_use", 0) / 1e9 for device in jax.devices()]
-        row = {"mesh": text, "wall_s": wall, "a_layer_s": float(np.median(np.diff(ends[1:]))), "peaks_gb": peaks}
+        a_layer = float(np.median(np.diff(ends[1:])))
+        row = {"mesh": text, "wall_s": wall, "a_layer_s": a_layer, "seconds": report.seconds, "peaks_gb": peaks}
         rows.append(row)
         print(json.dumps(row), file=sys.stderr, flush=True)
     return {**versions(), "layers": a.layers, "rows": rows}

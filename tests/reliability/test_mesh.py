@@ -22,7 +22,7 @@ def single(source: Path) -> Path:
 
 
 @pytest.mark.slow  # compiling for eight devices takes a minute
-@pytest.mark.parametrize("axes", [{"data": 2, "model": 4}, {"fsdp": 2}], ids=str)
+@pytest.mark.parametrize("axes", [{"data": 2, "model": 4}, {"data": 2}, {"fsdp": 2}], ids=str)
 def test_a_mesh_makes_the_checkpoint_of_one_device(source: Path, single: Path, tmp_path: Path, axes: dict[str, int]):
     run(source, tmp_path / "out", mesh=axes)
     codes, moved = moved_codes(single, tmp_path / "out")
