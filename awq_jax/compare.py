@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Several methods on one model, with one calibration text and one held-out text: what each costs."""
 
+import csv
 import dataclasses
+import io
 import json
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -20,7 +22,7 @@ from awq_jax_convert.hf import HFCheckpoint
 from awq_jax_convert.hf_config import FamilyChoice
 from awq_jax_convert.sink import refuse_overlap
 
-__all__ = ["Compared", "compare_methods", "to_markdown"]
+__all__ = ["Compared", "compare_methods", "to_csv", "to_markdown"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -89,7 +91,7 @@ def compare_methods(
 
     Args:
       src: dense Hugging Face directory.
-      out: directory to create: ``comparison.html``, ``comparison.json``, ``comparison.md`` and a page of every run. The
+      out: directory to create: ``comparison.html``, the same as JSON, CSV and Markdown, and a page of every run. The
         quantized weights are not kept.
       methods: of `METHODS`; "smoothquant" is measured once, beside nearest rounding to its format, W8A8.
       bits: widths of the others.
@@ -143,6 +145,7 @@ def compare_methods(
         record = [dataclasses.asdict(row) for row in rows]
         write_bytes(work / "comparison.json", json.dumps(record, indent=1, allow_nan=False).encode())
         write_bytes(work / "comparison.md", to_markdown(rows).encode())
+        write_bytes(work / "comparison.csv", to_csv(rows).encode())
         write_manifest(work, format="comparison")
     return tuple(rows)
 
@@ -166,6 +169,18 @@ def _remove(directory: Path) -> None:
     for path in sorted(directory.rglob("*"), reverse=True):
         path.rmdir() if path.is_dir() else path.unlink()
     directory.rmdir()
+
+
+def to_csv(rows: Sequence[Compared]) -> str:
+    """The comparison for a spreadsheet, all digits; errors by layer in columns of their own."""
+    depth = max((len(row.layers) for row in rows), default=0)
+    names = [field.name for field in dataclasses.fields(Compared) if field.name != "layers"]
+    text = io.StringIO()
+    table = csv.writer(text, lineterminator="\n")
+    table.writerow([*names, *(f"error_of_layer_{i}" for i in range(depth))])
+    for row in rows:
+        table.writerow([*(getattr(row, name) for name in names), *row.layers])
+    return text.getvalue()
 
 
 def to_markdown(rows: Sequence[Compared]) -> str:

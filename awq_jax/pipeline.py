@@ -93,7 +93,7 @@ def quantize_checkpoint(
       measuring: called with (layers done, layers) while widths are tried.
 
     Returns:
-      The report, also written to ``out/awq_jax_report.json``.
+      The report, also written to ``out/awq_jax_report.json``, ``.csv`` and ``.html``.
 
     Raises:
       FileNotFoundError, FileExistsError, ValueError: bad input, named.
@@ -150,6 +150,7 @@ def quantize_checkpoint(
             report = _report(job, layers, recipe, calib, inputs, resumed, written, alone, chosen)
             if writer and hosts.first:
                 writer.write_text("awq_jax_report.json", report.to_json())
+                writer.write_text("awq_jax_report.csv", report.to_csv())
                 writer.write_text("awq_jax_report.html", quantization_page(checkpoint.path.name, report.to_dict()))
                 writer.write_text("README.md", model_card(checkpoint.path.name, checkpoint.family.name, report))
         if chosen is not None and hosts.first:

@@ -1,13 +1,28 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a quantization did, weight by weight: nothing is left out and nothing falls back without being named."""
 
+import csv
 import dataclasses
+import io
 import json
 from collections import Counter
 from typing import Any, Literal
 
 __all__ = ["GroupReport", "LayerReport", "LinearReport", "Method", "Report", "method_of"]
 
+CSV_HEAD = (
+    "layer",
+    "linears",
+    "bits",
+    "rule",
+    "exponent",
+    "loss_scaled",
+    "loss_written",
+    "loss_nearest",
+    "layer_error",
+    "layer_error_nearest",
+    "fell_back",
+)
 
 Method = Literal["awq", "gptq", "awq+gptq", "smoothquant", "rtn", "float"]
 
@@ -186,3 +201,17 @@ class Report:
     def to_json(self) -> str:
         """The report as JSON text; never contains NaN or Infinity."""
         return json.dumps(self.to_dict(), indent=1, allow_nan=False)
+
+    def to_csv(self) -> str:
+        """One row for each group of each layer, for a spreadsheet; what is not known or not finite is left empty."""
+        text = io.StringIO()
+        table = csv.writer(text, lineterminator="\n")
+        table.writerow(CSV_HEAD)
+        for layer in self.layers:
+            bits = {linear.path: linear.bits for linear in layer.linears}
+            of_layer = (layer.error, layer.rtn_error, int(layer.fell_back))
+            for group in layer.groups:
+                names, widths = " ".join(group.sinks), " ".join(str(bits[path]) for path in group.sinks)
+                losses = (group.loss, group.written_loss, group.rtn_loss)
+                table.writerow((layer.index, names, widths, group.rule, group.power, *losses, *of_layer))
+        return text.getvalue()

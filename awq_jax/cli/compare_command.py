@@ -2,7 +2,7 @@
 """Quantize a model by several methods and compare what they cost it: one page and one table.
 
 SRC is quantized by every method and width with one calibration text, and measured against itself on one held-out text.
-OUT gets comparison.html, which needs nothing but a browser, the same as JSON and Markdown, and a page of every run.
+OUT gets comparison.html, which needs nothing but a browser, the same as JSON, CSV and Markdown, and a page of each run.
 
   awq-jax compare Llama-3.2-1B compared --calib my_text.txt --text held_out.txt
   awq-jax compare SRC OUT --methods minmax,awq+gptq --bits 4,3
