@@ -19,9 +19,8 @@ from awq_jax_convert.compressed_tensors_config import PACKED as FORMAT
 from awq_jax_convert.safetensors_dir import TensorMeta
 from awq_jax_convert.safetensors_header import FLOATS
 from awq_jax_convert.scheme import Scheme
-from awq_jax_convert.stored import weight_of
+from awq_jax_convert.stored import weight_of, words_of
 from awq_jax_convert.words import pack_words, unpack_words, widths
-from awq_jax_kernels.layout import unpack_numpy
 
 __all__ = ["CompressedTensors", "decode", "encode"]
 
@@ -71,11 +70,8 @@ def encode(name: str, weight: QTensor, *, symmetric: bool) -> dict[str, np.ndarr
         raise ValueError(f"{name!r} has zeros, the checkpoint is to be symmetric.")
     refuse_bad_scales(name, scale)
     half = 2 ** (bits - 1)
-    codes = unpack_numpy(np.asarray(weight.packed), bits).T
-    if weight.zero is None:  # symmetric nibbles lie around 8, whatever their width
-        codes = codes - np.uint8(weight.middle - half)
     made = {
-        f"{name}.{PACKED}": pack_words(codes, bits),
+        f"{name}.{PACKED}": words_of(weight),
         f"{name}.{SCALE}": scale.T,
         f"{name}.{SHAPE}": np.array([n, k], np.int64),
     }

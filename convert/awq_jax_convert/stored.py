@@ -5,11 +5,11 @@ floats."""
 import numpy as np
 
 from awq_jax._qtensor import QTensor
-from awq_jax_convert.words import nibble_bytes, unpack_words
+from awq_jax_convert.words import nibble_bytes, pack_words, unpack_words, words_of_nibbles
 from awq_jax_kernels.codes import middle
 from awq_jax_kernels.layout import pack_numpy, unpack_numpy
 
-__all__ = ["dequantized", "weight_of"]
+__all__ = ["dequantized", "weight_of", "words_of"]
 
 
 def weight_of(words: np.ndarray, scale: np.ndarray, zero: np.ndarray | None, *, bits: int, k: int) -> QTensor:
@@ -33,6 +33,17 @@ def weight_of(words: np.ndarray, scale: np.ndarray, zero: np.ndarray | None, *, 
         packed = pack_numpy(codes + np.uint8(middle(bits) - 2 ** (bits - 1)) if zero is None else codes, bits)
     zero = None if zero is None else np.ascontiguousarray(zero).astype(np.int8 if bits <= 4 else np.uint8)
     return QTensor(packed=packed, scale=np.ascontiguousarray(scale), zero=zero, bits=bits)
+
+
+def words_of(weight: QTensor) -> np.ndarray:
+    """Inverse of `weight_of`: int32 ``[n, w]``, codes around ``2**(bits-1)`` where there are no zeros."""
+    (k, _), bits, packed = weight.shape, weight.bits, np.asarray(weight.packed)
+    if bits == 4 and k % 8 == 0:
+        return words_of_nibbles(np.ascontiguousarray(packed.view(np.uint8).T) ^ np.uint8(0x88))
+    codes = unpack_numpy(packed, bits).T
+    if weight.zero is None:  # symmetric nibbles lie around 8, whatever their width
+        codes = codes - np.uint8(weight.middle - 2 ** (bits - 1))
+    return pack_words(codes, bits)
 
 
 def dequantized(weight: QTensor) -> np.ndarray:

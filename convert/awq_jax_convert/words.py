@@ -8,7 +8,7 @@ boundaries, and words that each hold ``32 // bits`` codes and waste the rest.
 import numpy as np
 from jaxtyping import Int32, UInt8
 
-__all__ = ["nibble_bytes", "pack_words", "unpack_words", "widths"]
+__all__ = ["nibble_bytes", "pack_words", "unpack_words", "widths", "words_of_nibbles"]
 
 
 def widths(count: int, bits: int) -> tuple[int, int]:
@@ -83,3 +83,8 @@ def unpack_words(words: Int32[np.ndarray, "r w"], bits: int, count: int) -> UInt
 def nibble_bytes(words: Int32[np.ndarray, "r w"]) -> UInt8[np.ndarray, "r b"]:
     """Words of 4-bit codes as bytes of two: our layout but for its transpose and the xor."""
     return np.ascontiguousarray(words).view(np.uint8)
+
+
+def words_of_nibbles(nibbles: UInt8[np.ndarray, "r b"]) -> Int32[np.ndarray, "r w"]:
+    """Inverse of `nibble_bytes`."""
+    return np.ascontiguousarray(nibbles).view("<i4")

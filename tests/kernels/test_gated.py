@@ -10,7 +10,10 @@ import pytest
 
 from awq_jax_kernels.gated import ACTIVATIONS, gated
 
-GPU = [pytest.mark.gpu, pytest.mark.skipif(jax.default_backend() != "gpu", reason="no GPU; AWQ_JAX_TEST_PLATFORM=cuda uses one")]
+GPU = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(jax.default_backend() != "gpu", reason="no GPU; AWQ_JAX_TEST_PLATFORM=cuda uses one"),
+]
 IMPLEMENTATIONS = ["reference", pytest.param("gpu", marks=GPU)]
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from jax.experimental.mosaic import gpu as mgpu
 from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import arith, gpu, llvm, scf
+from jaxlib.mlir.dialects import arith, gpu, llvm
 
 from awq_jax_kernels.decode_attention.form import Form
 from awq_jax_kernels.mosaic_gpu import lanes
