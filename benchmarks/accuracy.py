@@ -78,6 +78,7 @@ ON_EVERY = (
     "round to nearest",
     "awq without clipping",
     "awq",
+    "gptq",
     "awq+gptq",
     "awq+gptq, propagated",
     "awq+gptq, propagated, refined",
@@ -142,21 +143,26 @@ def _table(head: list[str], lines: list[list[str]]) -> str:
 
 
 def to_markdown(rows: list[dict[str, Any]]) -> str:
-    """A table for each model: one line per recipe; KL, and in brackets its ratio to round to nearest."""
-    cells, tables = _cells(rows), []
+    """A table for each model: one line per recipe; KL, and in brackets its ratio to round to nearest.
+
+    Recipes that were measured on one model without its planted twin have a table after the others.
+    """
+    cells, tables, left = _cells(rows), [], []
     base = cells.get("round to nearest", {})
+    ratio = lambda kl, c: f" ({kl / base[c]:.2f})" if c in base else ""
+    shown = lambda found, c: f"{found[c]:.4f}{ratio(found[c], c)}" if c in found else "–"
+    head = lambda columns: ["recipe", *(f"{model} INT{bits}" for model, bits in columns)]
+    line = lambda name, columns: [name, *(shown(cells[name], c) for c in columns)]
     for models in (("plain", "planted"), ("second", "second planted")):
-        columns = [c for c in dict.fromkeys((r["model"], r["bits"]) for r in rows) if c[0] in models]
-        columns.sort(key=lambda c: (models.index(c[0]), -c[1]))
-        ratio = lambda kl, c: f" ({kl / base[c]:.2f})" if c in base else ""
-        lines = [
-            [name, *(f"{found[c]:.4f}{ratio(found[c], c)}" if c in found else "" for c in columns)]
-            for name, found in cells.items()
-            if any(c in found for c in columns)
-        ]
-        if lines:
-            tables.append(_table(["recipe", *(f"{model} INT{bits}" for model, bits in columns)], lines))
-    return "\n\n".join(tables)
+        columns = sorted({c for found in cells.values() for c in found if c[0] in models}, key=lambda c: (c[0], -c[1]))
+        whole = [name for name, found in cells.items() if all(c in found for c in columns)]
+        part = [name for name in cells if name not in whole and any(c in cells[name] for c in columns)]
+        if whole and columns:
+            tables.append(_table(head(columns), [line(name, columns) for name in whole]))
+        kept = [c for c in columns if any(c in cells[name] for name in part)]
+        if part:
+            left.append(_table(head(kept), [line(name, kept) for name in part]))
+    return "\n\n".join(tables + left)
 
 
 def w8a8_table(rows: list[dict[str, Any]]) -> str:

@@ -3,6 +3,7 @@
 
     python benchmarks/budget.py                                   # the shipped model, method awq
     python benchmarks/budget.py --method awq+gptq --budgets 3.5 4.1875
+    python benchmarks/budget.py --add --budgets 5 --uniform       # one more row, with what was measured for the others
 
 Sensitivities are measured once; every budget is quantized from them and measured on held-out text. Writes
 benchmarks/results/budget.json and prints the table as Markdown.
@@ -42,6 +43,16 @@ def to_markdown(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def measured(checkpoint: Any, asked: Question, samples: Any) -> tuple[Any, float]:
+    """What each group costs the model at each width, and the seconds that it took to find out."""
+    begun = time.perf_counter()
+    versions = [asked.version(bits) for bits in asked.widths]
+    kl = divergences(
+        checkpoint, versions, asked.units, chunks_of(samples, 8), layout=Layout(), hosts=Hosts(), measuring=print
+    )
+    return kl, time.perf_counter() - begun
+
+
 def main() -> None:
     """Measure once, then quantize for every budget and for every uniform width."""
     p = argparse.ArgumentParser(description=str(__doc__).splitlines()[0], allow_abbrev=False)
@@ -49,9 +60,11 @@ def main() -> None:
     p.add_argument("--method", default="awq")
     p.add_argument("--budgets", type=float, nargs="+", default=[3.1875, 4.1875, 3.5, 4.0, 4.25, 5.0])
     p.add_argument("--uniform", type=int, nargs="*", default=[3, 4])
+    p.add_argument("--add", action="store_true", help="keep the rows of --out, and take the sensitivities from there")
     p.add_argument("--out", type=pathlib.Path, default=RESULTS)
     a = p.parse_args()
-    recipe, rows = Recipe(method=a.method), []
+    old = json.loads(a.out.read_text(encoding="utf-8")) if a.add else {"rows": []}
+    recipe, rows = Recipe(method=a.method), old["rows"]
     a.out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as home:
         work = pathlib.Path(home)
@@ -61,12 +74,11 @@ def main() -> None:
         checkpoint, plans, _ = open_planned(a.model, recipe, "native")
         samples = read_samples(checkpoint, calib)
         asked = Question.of(checkpoint, plans, recipe, "native", max(a.budgets))
-        begun = time.perf_counter()
-        versions = [asked.version(bits) for bits in asked.widths]
-        kl = divergences(
-            checkpoint, versions, asked.units, chunks_of(samples, 8), layout=Layout(), hosts=Hosts(), measuring=print
-        )
-        seconds = time.perf_counter() - begun
+        if a.add:
+            kl, seconds = old["divergences"], old["seconds_measuring"]
+            assert old["widths"] == list(asked.widths) and {row["method"] for row in rows} == {a.method}
+        else:
+            kl, seconds = measured(checkpoint, asked, samples)
 
         def add(name: str, recipe: Recipe, mean: float, **more: Any) -> None:
             out = work / name.replace(" ", "-")
@@ -74,7 +86,7 @@ def main() -> None:
             found = evaluate_checkpoint(out, text, base=a.model)
             fell_back = sum(layer.fell_back for layer in report.layers)
             row = {"name": name, "mean": mean, **dataclasses.asdict(found), "fell_back": fell_back, **more}
-            rows.append({"method": a.method, **row})
+            rows[:] = [*(other for other in rows if other["name"] != name), {"method": a.method, **row}]
             print(json.dumps(row), flush=True)
             record = {
                 "versions": {"python": platform.python_version(), "jax": jax.__version__},

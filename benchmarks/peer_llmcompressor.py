@@ -1,55 +1,63 @@
 # SPDX-License-Identifier: Apache-2.0
 # pyright: reportMissingImports=false
-"""Quantize with llm-compressor's AWQ and measure the result; `peers.py` runs this in llm-compressor's own environment.
+"""Quantize with llm-compressor; `peers.py` runs this in llm-compressor's own environment.
 
-    python peer_llmcompressor.py SRC tokens.json        # {"calibration": [[id, …], …], "windows": [[id, …], …]}
+    python peer_llmcompressor.py awq|gptq|nearest BITS SRC tokens.json OUT
 
-Prints one line of JSON: seconds of the oneshot call, perplexity and KL to the dense model.
+Writes the weights that it computes with, and prints the seconds of its oneshot call as JSON. GPTQ gets what it takes by
+default: blocks of 128, damping 0.01, rows ordered by activation with the groups as they lie.
 """
 
-import copy
 import json
 import sys
-import time
+from typing import Any
 
 import torch
 from datasets import Dataset
 from llmcompressor import oneshot
 from llmcompressor.modifiers.awq import AWQModifier
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+from llmcompressor.modifiers.quantization import GPTQModifier, QuantizationModifier
+from peer_score import clocks, load, spent_since, tokens_of, write_effective
+from transformers import PreTrainedTokenizerFast
 
 if not torch.cuda.is_available():  # it pins its caches, which needs a driver
     torch.Tensor.pin_memory = lambda self, *args, **kwargs: self  # pyright: ignore[reportAttributeAccessIssue]
 
+MODIFIERS = {"awq": AWQModifier, "gptq": GPTQModifier, "nearest": QuantizationModifier}
 
-def main(src: str, tokens: str) -> None:
-    """Quantize, then compare with the dense model."""
-    with open(tokens, encoding="utf-8") as file:
-        given = json.load(file)
-    dense = AutoModelForCausalLM.from_pretrained(src, dtype=torch.float32).eval()
-    model = copy.deepcopy(dense)
-    samples = given["calibration"]
-    data = Dataset.from_dict({"input_ids": samples, "attention_mask": [[1] * len(ids) for ids in samples]})
-    begun = time.perf_counter()
-    oneshot(
-        model=model,
-        tokenizer=PreTrainedTokenizerFast(tokenizer_file=f"{src}/tokenizer.json"),
-        dataset=data,
-        recipe=[AWQModifier(ignore=["lm_head"], scheme="W4A16_ASYM", targets=["Linear"])],
-        max_seq_length=max(map(len, samples)),
-        num_calibration_samples=len(samples),
-    )
-    seconds = time.perf_counter() - begun
-    nll = kl = 0.0
-    windows = torch.tensor(given["windows"])
+
+def format_of(bits: int) -> dict[str, Any]:
+    """Asymmetric weights in groups of 128."""
+    weights = {"num_bits": bits, "type": "int", "symmetric": False, "strategy": "group", "group_size": 128}
+    return {"config_groups": {"group_0": {"targets": ["Linear"], "weights": weights}}}
+
+
+def effective(model: Any) -> dict[str, torch.Tensor]:
+    """The state dict with every linear's weight as what it multiplies by."""
+    found = {name: p for name, p in model.state_dict().items() if not name.rpartition(".")[2].startswith("weight_")}
     with torch.no_grad():
-        for rows in windows.split(8):
-            ours, base = (m(rows).logits[:, :-1].double().log_softmax(-1) for m in (model, dense))
-            nll -= ours.gather(-1, rows[:, 1:, None]).sum().item()
-            kl += (base.exp() * (base - ours)).sum().item()
-    scored = windows.shape[0] * (windows.shape[1] - 1)
-    found = {"seconds": seconds, "kl": kl / scored, "perplexity": float(torch.tensor(nll / scored).exp())}
-    print(json.dumps(found))
+        for name, module in model.named_modules():
+            if isinstance(module, torch.nn.Linear) and name != "lm_head":
+                found[f"{name}.weight"] = module(torch.eye(module.in_features)).T.contiguous()
+    return found
+
+
+def main(method: str, bits: str, src: str, tokens: str, out: str) -> None:
+    """Quantize once."""
+    model, samples = load(src), tokens_of(tokens)["calibration"]
+    data = Dataset.from_dict({"input_ids": samples, "attention_mask": [[1] * len(ids) for ids in samples]})
+    recipe = [MODIFIERS[method](ignore=["lm_head"], **format_of(int(bits)))]
+    calibrated: dict[str, Any] = {
+        "tokenizer": PreTrainedTokenizerFast(tokenizer_file=f"{src}/tokenizer.json"),
+        "dataset": data,
+        "max_seq_length": max(map(len, samples)),
+        "num_calibration_samples": len(samples),
+    }
+    begun = clocks()
+    oneshot(model=model, recipe=recipe, **({} if method == "nearest" else calibrated))
+    spent = spent_since(begun)
+    write_effective(src, out, effective(model))
+    print(json.dumps(spent))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
+import json
 import shutil
 from pathlib import Path
 
@@ -34,6 +35,8 @@ def save_text_tools(directory: Path) -> None:
     )
     tokenizer.train_from_iterator([TEXT], trainer)
     tokenizer.save(str(directory / "tokenizer.json"))
+    said = {"tokenizer_class": "PreTrainedTokenizerFast", "pad_token": "<end>", "eos_token": "<end>"}
+    (directory / "tokenizer_config.json").write_text(json.dumps(said), encoding="utf-8")
     (directory / "text.txt").write_text(TEXT, encoding="utf-8")
 
 
