@@ -6,7 +6,6 @@ compiled as it will be, and asked what it holds.
 """
 
 import dataclasses
-import math
 import pathlib
 import resource
 from collections.abc import Mapping, Sequence
@@ -232,8 +231,6 @@ def dry_run(
     layout = Layout(mesh)
     layout.refuse_batch(batch)
     device = max(_step_bytes(checkpoint, index, plan, chunks, layout) for (_, plan), index in steps.items())
-    if jax.default_backend() != "cpu":  # where the next layer waits on the device, not beside it
-        device += max(layer.bytes_before for layer in layers) // math.prod((mesh or {}).values())
     quantized = kernel_shapes(checkpoint, plans)
     saved = sum(layer.bytes_before - layer.bytes_after for layer in layers)
     after = checkpoint.nbytes - saved

@@ -69,16 +69,15 @@ class Job:
     keep: bool  # finished layers, to resume from
 
 
-def _read_ahead(checkpoint: HFCheckpoint, layout: Layout, start: int) -> Iterator[Any]:
-    """The layers in order, on the devices; the next one gets there while the current one is worked on."""
+def _read_ahead(checkpoint: HFCheckpoint, start: int) -> Iterator[Any]:
+    """The layers in order; the next one is read while the current one is worked on."""
     wanted = range(start, checkpoint.config.num_layers)
-    read = lambda index: layout.layer(checkpoint.layer(index, None))
     with ThreadPoolExecutor(1) as reader:
-        pending = [reader.submit(read, index) for index in wanted[:1]]
+        pending = [reader.submit(checkpoint.layer, index, None) for index in wanted[:1]]
         for index in wanted:
             layer = pending.pop().result()
             if index + 1 in wanted:
-                pending.append(reader.submit(read, index + 1))
+                pending.append(reader.submit(checkpoint.layer, index + 1, None))
             yield layer
 
 
@@ -173,11 +172,11 @@ def quantize_layers(
     measured = max(1, round(MEASURED / batches[0][0].size))
     counted = int(batches[1].sum())
     with Behind() as behind:
-        for index, params in enumerate(_read_ahead(checkpoint, layout, resumed), resumed):
+        for index, params in enumerate(_read_ahead(checkpoint, resumed), resumed):
             plan = job.plans[index]
             job.hosts.meet(f"layer {index}")
             with clock.phase("quantize"):
-                params = _float32(params)
+                params = _float32(layout.layer(params))
                 at = config.of_layer(index)
                 outcome = _awaited(
                     quantize_and_measure(

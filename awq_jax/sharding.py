@@ -44,10 +44,10 @@ def parse_mesh(text: str) -> dict[str, int]:
 class Layout:
     """Puts arrays on the devices of a mesh; without one, on the default device.
 
-    Samples are spread over ``data`` and ``fsdp``, outputs of a weight over ``model``, its inputs over ``fsdp``. Within one
-    process the outputs are spread over ``data`` too: a search looks at each output by itself, so devices that see other
-    samples share it, and only the forward pass gathers the weights (`Gathered`). An axis of a weight that does not
-    divide evenly stays whole. Shapes (`jax.ShapeDtypeStruct`) are placed like arrays.
+    Samples are spread over ``data`` and ``fsdp``, outputs of a weight over ``model``, its inputs over ``fsdp``. Within
+    one process the outputs are spread over ``data`` too: a search looks at each output by itself, so devices that see
+    other samples share it, and only the forward pass gathers the weights (`Gathered`). An axis of a weight that does
+    not divide evenly stays whole. Shapes (`jax.ShapeDtypeStruct`) are placed like arrays.
 
     Of several processes each puts its own part of what all of them hold; ``data`` is the outermost axis, so that it
     runs over processes first and weights are spread within one, where links are fast.
@@ -175,7 +175,7 @@ class Gathered:
 
 
 def _of_weight(shape: Sequence[int], sizes: Mapping[str, int], columns: tuple[str, ...]) -> tuple[Any, ...]:
-    """Mesh axes of a matrix ``[*b, k, n]``: as many of ``columns`` for n as divide it, ``fsdp`` for k; none of a vector."""
+    """Mesh axes of a matrix ``[*b, k, n]``: of ``columns`` as many as divide n, ``fsdp`` for k; a vector has none."""
     if len(shape) < 2:
         return ()
     *b, k, n = shape

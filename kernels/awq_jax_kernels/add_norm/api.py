@@ -32,8 +32,8 @@ def add_norm(
       weight: float32 ``[d]``.
       eps: against division by zero.
       offset: 1 for models that store the weight less one.
-      implementation: "tpu", "gpu" or "reference"; a refusal is then an error. None takes the kernel of the platform that
-        the program is lowered for, where it takes the operands; a GPU's only where this process has one.
+      implementation: "tpu", "gpu" or "reference"; a refusal is then an error. None takes the kernel of the platform
+        that the program is lowered for, where it takes the operands; a GPU's only where this process has one.
       interpret: run the kernel's Python on any platform.
 
     Returns:

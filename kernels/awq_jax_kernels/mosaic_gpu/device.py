@@ -7,7 +7,7 @@ __all__ = ["unsuitable"]
 
 
 def unsuitable() -> str | None:
-    """Why this process's GPU can't run kernels for Hopper, or None; without a GPU they may still be compiled for one."""
+    """Why this process's GPU can't run kernels for Hopper; None if it can, or if there is none, to compile for one."""
     if jax.default_backend() != "gpu":
         return None
     capability = str(getattr(jax.devices()[0], "compute_capability", ""))

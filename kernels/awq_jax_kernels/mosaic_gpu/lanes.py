@@ -12,8 +12,9 @@ from jaxlib.mlir.dialects import arith, llvm, vector
 from awq_jax_kernels.mosaic_gpu.registers import asm, const, element_pointer
 
 __all__ = [
-    "PLAIN", "SCALAR", "add", "block_sum", "call", "dot", "each", "exp2", "float_instruction", "fma", "maximum", "multiply",
-    "read", "read_integers", "reduce_lanes", "rounded", "scaled", "send", "splat", "total", "value", "write",
+    "PLAIN", "SCALAR", "add", "block_sum", "call", "dot", "each", "exp2", "float_instruction", "fma",
+    "maximum", "multiply", "read", "read_integers", "reduce_lanes", "rounded", "scaled", "send", "splat",
+    "total", "value", "write",
 ]  # fmt: skip
 
 PLAIN = plgpu.RefType()
@@ -117,7 +118,8 @@ def each(function: Callable[[ir.Value], ir.Value], wide: ir.Value) -> ir.Value:
 
 def float_instruction(name: str, operand: ir.Value) -> ir.Value:
     """One PTX instruction on a float32, such as ``rsqrt.approx.f32``."""
-    return llvm.inline_asm(ir.F32Type.get(), [operand], f"{name} $0, $1;", "=f,f", has_side_effects=False)
+    result: Any = llvm.inline_asm(ir.F32Type.get(), [operand], f"{name} $0, $1;", "=f,f", has_side_effects=False)
+    return result
 
 
 def exp2(x: ir.Value) -> ir.Value:
