@@ -6,6 +6,7 @@ import dataclasses
 import pytest
 
 from awq_jax_kernels.aot import gpu
+from awq_jax_kernels.aot.program import Program
 from awq_jax_kernels.bench import gpu_static
 from awq_jax_kernels.int4_matmul.pallas_gpu import BlockConfig, derive
 
@@ -79,3 +80,23 @@ def test_a_program_that_fails_says_why():
     config = BlockConfig(128, deep=2, stages=9, scale_weight=True)
     compiled = gpu.compile_program(gpu_static.program(128, K, N, tiles=True, config=config))
     assert "shared memory" in compiled.error
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        {"name": "add_norm", "rows": 1, "d": 4096},
+        {"name": "add_norm", "rows": 64, "d": 5120, "dtype": "float16"},
+        {"name": "gated", "rows": 16, "w": 28672},
+        {"name": "decode_attention", "rows": 1, "heads": 32, "kv": 8, "d": 128, "positions": 1024},
+        {"name": "decode_attention", "rows": 4, "heads": 14, "kv": 2, "d": 64, "positions": 512},
+        {"name": "decode_attention", "rows": 16, "heads": 64, "kv": 8, "d": 128, "positions": 512, "dtype": "float16"},
+    ],
+    ids=lambda sizes: "-".join(map(str, sizes.values())),
+)
+def test_what_lies_between_products_is_one_launch_without_spills(sizes):
+    compiled = gpu.compile_program(Program("awq_jax_kernels.bench.programs:small_gpu", sizes))
+    assert not compiled.error, compiled.error
+    assert compiled.temp_bytes == 0, "the cache is written where it lies"
+    (kernel,) = compiled.kernels
+    assert kernel.spill_bytes == 0

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The programs that are compared: ours, what XLA makes of the same product, and dense bfloat16."""
 
+import functools
 from typing import Any
 
 import jax
@@ -9,7 +10,7 @@ import jax.numpy as jnp
 from awq_jax_kernels.int4_matmul import tpu_kernel, xla
 from awq_jax_kernels.int4_matmul.config import BlockConfig
 
-__all__ = ["dense", "dequantize_then_dot", "grouped", "operands", "ours"]
+__all__ = ["dense", "dequantize_then_dot", "grouped", "operands", "ours", "small_gpu"]
 
 
 def operands(m: int, k: int, n: int, g: int = 128, zeros: bool = True) -> tuple[Any, Any, Any, Any]:
@@ -58,3 +59,22 @@ def dense(m: int, k: int, n: int, **_: Any) -> tuple[Any, Any]:
     """``x @ w`` in bfloat16, as XLA compiles it."""
     of = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.bfloat16)
     return jnp.matmul, (of(m, k), of(k, n))
+
+
+def small_gpu(name: str, *, rows: int, dtype: str = "bfloat16", **sizes: int) -> tuple[Any, Any]:
+    """What runs on a GPU between two products of a decode step: "add_norm" (d), "gated" (w) or "decode_attention"
+    (heads, kv, d, positions), with the kernel's own name for its sizes.
+    """
+    from awq_jax_kernels import add_norm, decode_attention, gated
+
+    of = lambda *shape, kind=dtype: jax.ShapeDtypeStruct(shape, jnp.dtype(kind))
+    if name == "add_norm":
+        d = sizes["d"]
+        run = functools.partial(add_norm.add_norm, eps=1e-5, implementation="gpu")
+        return run, (of(rows, d), of(rows, d), of(d, kind="float32"))
+    if name == "gated":
+        return functools.partial(gated.gated, activation="silu", implementation="gpu"), (of(rows, sizes["w"]),)
+    heads, kv, d, positions = (sizes[key] for key in ("heads", "kv", "d", "positions"))
+    held, turns = of(rows, positions * kv, d), of(rows, d, kind="float32")
+    run = functools.partial(decode_attention.decode_attention, heads=heads, scale=d**-0.5, implementation="gpu")
+    return run, (of(rows, (heads + 2 * kv) * d), (held, held, None, None), of(rows, kind="int32"), (turns, turns))
