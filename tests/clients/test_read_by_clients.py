@@ -101,13 +101,18 @@ def test_autoawq_in_gptqmodel(row: Tiny, gptqmodel: Any, tmp_path: Path):
     assert difference(row, "autoawq gptqmodel", logits(with_float32_products(model, awq_weight)), ours) <= 1e-5
 
 
+@pytest.fixture
+def compressed_tensors() -> Any:
+    return pytest.importorskip("compressed_tensors", reason="pip install compressed-tensors (CONTRIBUTING.md)")
+
+
 def _compressed(row: Tiny, tmp_path: Path, said: str, *options: str, **loaded: Any) -> None:
-    pytest.importorskip("compressed_tensors", reason="pip install compressed-tensors (CONTRIBUTING.md)")
     few = ("--format", "compressed-tensors", "--scale-dtype", "float32")
     path, ours = written(row, tmp_path, *few, *options)
     assert difference(row, said, logits(load(path, **loaded)), ours) <= 1e-5
 
 
+@pytest.mark.usefixtures("compressed_tensors")
 @every_family
 def test_compressed_tensors_in_transformers(row: Tiny, tmp_path: Path):
     if row.family in (*CONV1D, *OWN_LINEAR):
@@ -115,6 +120,7 @@ def test_compressed_tensors_in_transformers(row: Tiny, tmp_path: Path):
     _compressed(row, tmp_path, "compressed-tensors symmetric", "--symmetric")
 
 
+@pytest.mark.usefixtures("compressed_tensors")
 @every_family
 @pytest.mark.parametrize("zeros", [True, False], ids=["zeros", "symmetric"])
 def test_compressed_tensors_made_dense_while_loading(row: Tiny, zeros: bool, tmp_path: Path):
