@@ -27,6 +27,7 @@ EXPERTS = ("mixtral", "qwen2_moe", "qwen3_moe")  # stacked in transformers, whos
 SCALED = ("bloom", "falcon", "falcon-new", "gpt_neox")  # its AWQ loader puts factors behind their activations
 CONV1D = ("gpt2",)  # not Linear
 OWN_LINEAR = ("falcon", "falcon-new")  # FalconLinear reads .weight itself, which a compressed module lacks
+OTHER_NAMES = ("phi3", "mixtral", "gpt_neox")  # GPTQModel.load looks for other tensors than the Hub's, without a word
 TOKENS = some_tokens(320)
 
 every_family = pytest.mark.parametrize("row", [pytest.param(row, id=row.family) for row in ROWS])
@@ -94,6 +95,8 @@ def test_autoawq_in_transformers(row: Tiny, gptqmodel: Any, tmp_path: Path):
 @every_family
 def test_autoawq_in_gptqmodel(row: Tiny, gptqmodel: Any, tmp_path: Path):
     """Its own loader takes experts apart and knows GPT-2's Conv1D."""
+    if row.family in OTHER_NAMES:
+        pytest.skip("gptqmodel's loader does not find this family's tensors; docs/formats.md has which it looks for")
     path, ours = written(row, tmp_path)
     options: dict[str, Any] = {"backend": gptqmodel.BACKEND.AWQ_TORCH, "device": "cpu", "dtype": torch.float16}
     model = gptqmodel.GPTQModel.load(str(path), **options, attn_implementation="eager").model
