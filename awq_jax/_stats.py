@@ -160,7 +160,9 @@ def percentile(stats: ActStats, q: float) -> Float[Array, " k"]:
     return jnp.minimum(jnp.exp2(edge / _BINS_PER_OCTAVE + _OCTAVES[0]), stats.abs_max)
 
 
-def calibrate(observer: Callable[[Any, Any], Any], params: Any, batches: Any, *, has_aux: bool = False) -> Any:
+def calibrate(
+    observer: Callable[[Any, Any], Any], params: Any, batches: Any, *, has_aux: bool = False, in_place: bool = False
+) -> Any:
     """Merge what an observer reports over batches, in one compiled scan.
 
     Args:
@@ -168,6 +170,8 @@ def calibrate(observer: Callable[[Any, Any], Any], params: Any, batches: Any, *,
       params: passed through.
       batches: a tree of arrays whose leading axis counts batches.
       has_aux: also collect a second result of the observer, stacked over batches.
+      in_place: that result has the shape of the first of the tuple ``batches`` and takes its place, batch by batch, so
+        that inputs and outputs are never held both.
 
     Returns:
       The tree of merged `ActStats`; with ``has_aux`` the pair (tree, stacked aux).
@@ -184,5 +188,15 @@ def calibrate(observer: Callable[[Any, Any], Any], params: Any, batches: Any, *,
 
     # Zeros are the neutral element of `merge`, the maximum of magnitudes included.
     shapes, _ = jax.eval_shape(with_aux, params, jax.tree.map(lambda leaf: leaf[0], batches))
-    stats, aux = jax.lax.scan(step, jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes), batches)
-    return (stats, aux) if has_aux else stats
+    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+    if not in_place:
+        stats, aux = jax.lax.scan(step, zeros, batches)
+        return (stats, aux) if has_aux else stats
+    first, *others = batches
+
+    def replace(index: Array, carry: tuple[Any, Array]) -> tuple[Any, Array]:
+        total, held = carry
+        total, aux = step(total, (held[index], *(other[index] for other in others)))
+        return total, jax.lax.dynamic_update_index_in_dim(held, aux, index, 0)
+
+    return jax.lax.fori_loop(0, len(first), replace, (zeros, first))

@@ -38,5 +38,8 @@ class Behind:
     def __enter__(self) -> "Behind":
         return self
 
-    def __exit__(self, *exc: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
         self._pool.shutdown()
+        beside = self._doing.exception() if self._doing is not None else None
+        if error is not None and beside is not None:  # the error that is on its way must not hide the other
+            error.add_note(f"What was done behind it failed too: {type(beside).__name__}: {beside}")

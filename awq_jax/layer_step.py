@@ -20,7 +20,7 @@ from awq_jax._pytree import pytree
 from awq_jax._qtensor import dequantize_tree
 from awq_jax._quantize import QuantizedLayer, quantize_layer, round_layer
 from awq_jax._spec import RefineSpec
-from awq_jax._stats import ActStats, calibrate, merge, observe
+from awq_jax._stats import ActStats, calibrate, observe
 from awq_jax._tree import get, put
 from awq_jax.models.config import DecoderConfig
 from awq_jax.models.functional import block, part
@@ -101,23 +101,6 @@ def block_loss(
         return loss
 
     return of_group
-
-
-def _in_place(
-    observed: Callable[[Params, Any], Any], params: Params, hidden: Array, mask: Array, kept: Array
-) -> tuple[dict[str, ActStats], Array]:
-    """`calibrate` whose outputs take the place of the inputs, which are gigabytes; ``kept`` of them is read before."""
-    hidden, _ = jax.lax.optimization_barrier((hidden, kept))
-    shapes, _ = jax.eval_shape(observed, params, (hidden[0], mask[0]))
-
-    def chunk(index: Array, carry: tuple[Any, Array]) -> tuple[Any, Array]:
-        total, streams = carry
-        seen, output = observed(params, (streams[index], mask[index]))
-        merged = {tap: merge(total[tap], seen[tap]) for tap in total}
-        return merged, jax.lax.dynamic_update_index_in_dim(streams, output, index, 0)
-
-    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
-    return jax.lax.fori_loop(0, len(hidden), chunk, (zeros, hidden))
 
 
 def _tapped(config: DecoderConfig, params: Params, hidden: Array, taps: tuple[str, ...]) -> dict[str, Array]:
@@ -223,8 +206,10 @@ def quantize_and_measure(
         stats, outputs = calibrate(observer(config, plan, tokens), whole, (hidden, mask), has_aux=True)
         stream, reobserve = hidden, None
     else:
-        kept = hidden[:measured]
-        stats, outputs = _in_place(observer(config, plan, tokens), whole, hidden, mask, kept)
+        # Outputs take the place of the inputs, which are gigabytes; what is measured on is read before.
+        kept: Array
+        hidden, kept = jax.lax.optimization_barrier((hidden, hidden[:measured]))
+        stats, outputs = calibrate(observer(config, plan, tokens), whole, (hidden, mask), has_aux=True, in_place=True)
         hidden, stream, reobserve = kept, kept, None
     sample = jax.tree.map(lambda a: a[:measured].reshape(-1, *a.shape[2:]), (hidden, stream, outputs, mask))
     _, inputs, _, keep = sample

@@ -66,7 +66,12 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _message(error: BaseException) -> str:
-    """What went wrong, for people: ``PATH: reason`` for what the system refused."""
+    """What went wrong, for people, and what an error says beside it in notes."""
+    return "\n".join([_reason(error), *getattr(error, "__notes__", ())])
+
+
+def _reason(error: BaseException) -> str:
+    """``PATH: reason`` for what the system refused."""
     if isinstance(error, KeyError) and error.args:
         return str(error.args[0])  # its str() is the repr of that
     if isinstance(error, OSError) and error.strerror:  # its str() begins with a number

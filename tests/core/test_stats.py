@@ -49,6 +49,17 @@ def test_calibrate_is_a_fold_of_merge(rng):
     assert aux.shape == (4,)
 
 
+def test_outputs_take_the_place_of_inputs(rng):
+    batches = jnp.asarray(rng.standard_normal((4, 6, 8)), jnp.float32)
+    shifts = jnp.arange(4.0)
+    observer = lambda p, batch: ({"in": observe(batch[0])}, p * batch[0] + batch[1])
+    taps, aux = calibrate(observer, 2.0, (batches, shifts), has_aux=True)
+    same, placed = calibrate(observer, 2.0, (batches, shifts), has_aux=True, in_place=True)
+    np.testing.assert_array_equal(placed, aux)
+    np.testing.assert_array_equal(placed, 2 * batches + shifts[:, None, None])
+    jax.tree.map(np.testing.assert_array_equal, taps, same)
+
+
 @pytest.mark.parametrize("how", ["pmap", "shard_map"])
 def test_eight_devices_see_what_one_sees(rng, how):
     x = jnp.asarray(rng.standard_normal((8, 5, 16)), jnp.float32)

@@ -192,6 +192,18 @@ def test_an_error_of_jax_is_a_message(error: Exception, said: str, monkeypatch: 
     assert capsys.readouterr().err == f"awq-jax generate: {said}\n"
 
 
+def test_what_failed_beside_an_error_is_told(monkeypatch: pytest.MonkeyPatch, capsys):
+    def fail(*args: object, **options: object) -> None:
+        error = OSError(28, "No space left on device", "out/layer_3")
+        error.add_note("What was done behind it failed too: OSError: disk full")
+        raise error
+
+    monkeypatch.setattr("awq_jax.run.generate_text", fail)
+    assert main(["generate", "anything", "--prompt", "a"]) == 1
+    first, second = capsys.readouterr().err.splitlines()
+    assert first == "awq-jax generate: out/layer_3: No space left on device" and second.startswith("What was done")
+
+
 def test_a_reader_that_leaves_is_not_an_error_message(llama: Oracle):
     code = "import sys, time; from awq_jax.cli import main; time.sleep(0.2); sys.exit(main(sys.argv[1:]))"
     arguments = [sys.executable, "-c", code, "inspect", str(llama.path), "--json"]
