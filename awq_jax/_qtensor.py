@@ -14,11 +14,12 @@ from awq_jax_kernels import layout
 from awq_jax_kernels.codes import middle, per_byte
 from awq_jax_kernels.int4_matmul import int4_matmul
 from awq_jax_kernels.int4_matmul import reference as int4_reference
+from awq_jax_kernels.int4_matmul.tiles import as_rows, prepare, rows_shape
 from awq_jax_kernels.int8_matmul import int8_matmul
 from awq_jax_kernels.int8_matmul import reference as int8_reference
 from awq_jax_kernels.w8a8_matmul import w8a8_matmul
 
-__all__ = ["QTensor", "codes_of", "dequantize", "dequantize_tree", "matmul", "product"]
+__all__ = ["QTensor", "codes_of", "dequantize", "dequantize_tree", "in_rows", "in_tiles", "matmul", "product"]
 
 
 @pytree
@@ -30,7 +31,7 @@ class QTensor:
 
     Attributes:
       packed: int8 ``[*b, k/2, n]``, two codes to a byte as `awq_jax_kernels.nibbles` says; of eight bits ``q - 128``,
-        ``[*b, k, n]``.
+        ``[*b, k, n]``. `in_tiles` gives the first an order that GPUs read faster, int32 ``[*b, n/128, k/64, 4, 256]``.
       scale: floating ``[*b, k/g, n]``.
       zero: codes ``[*b, k/g, n]``, int8 0..15 or, of eight bits, uint8 0..255; None is `middle` everywhere, a
         symmetric weight.
@@ -53,13 +54,13 @@ class QTensor:
     @property
     def shape(self) -> tuple[int, ...]:
         """The dense weight's shape ``(*b, k, n)``."""
-        *b, rows, n = self.packed.shape
+        *b, rows, n = rows_shape(self.packed)
         return (*b, per_byte(self.bits) * rows, n)
 
     @property
     def ndim(self) -> int:
         """Rank of the dense weight."""
-        return len(self.packed.shape)
+        return len(self.scale.shape)
 
     @property
     def group_size(self) -> int:
@@ -94,12 +95,31 @@ def dequantize(weight: QTensor, dtype: Any = jnp.float32) -> Array:
       dtype: of the result; the arithmetic is float32.
     """
     reference = int4_reference if per_byte(weight.bits) == 2 else int8_reference
-    return reference.dequantize(weight.packed, weight.scale, weight.zero).astype(dtype)
+    return reference.dequantize(as_rows(weight.packed), weight.scale, weight.zero).astype(dtype)
 
 
 def codes_of(weight: QTensor) -> Array:
     """The codes ``q``, uint8 ``[*b, k, n]``."""
-    return layout.unpack(weight.packed, weight.bits)
+    return layout.unpack(as_rows(weight.packed), weight.bits)
+
+
+def in_tiles(weight: QTensor) -> QTensor:
+    """The same weight with its bytes in tile order, which Hopper GPUs read a few percent faster.
+
+    Every function of the library takes either order; elsewhere than on such a GPU each product undoes it.
+
+    Args:
+      weight: ``[k, n]`` of 2 to 4 bits; k a multiple of 64, n of 128.
+
+    Raises:
+      ValueError: k or n is no such multiple.
+    """
+    return dataclasses.replace(weight, packed=prepare(weight.packed))
+
+
+def in_rows(weight: QTensor) -> QTensor:
+    """The same weight with its bytes in the order that is stored; the inverse of `in_tiles`."""
+    return dataclasses.replace(weight, packed=as_rows(weight.packed))
 
 
 def dequantize_tree(tree: Any, dtype: Any = jnp.float32) -> Any:

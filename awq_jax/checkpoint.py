@@ -19,7 +19,7 @@ from jax.sharding import PartitionSpec as P
 
 from awq_jax._manifest import read_manifest, verify
 from awq_jax._publish import published, write_manifest
-from awq_jax._qtensor import QTensor
+from awq_jax._qtensor import QTensor, in_rows
 from awq_jax._tree import get, leaves, put
 
 __all__ = ["load", "read_part", "save", "write_part"]
@@ -64,6 +64,7 @@ def _plain(node: Any) -> Any:
     if isinstance(node, Mapping):
         return {key: _plain(value) for key, value in node.items()}
     if isinstance(node, QTensor):
+        node = in_rows(node)
         arrays = {"packed": node.packed, "scale": node.scale, "zero": node.zero, "input_scale": node.input_scale}
         return {name: np.asarray(array) for name, array in arrays.items() if array is not None}
     return np.asarray(node)

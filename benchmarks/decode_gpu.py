@@ -22,6 +22,7 @@ import numpy as np
 
 from awq_jax._qtensor import QTensor
 from awq_jax.serving.abstract import LLAMA_8B, abstract_params
+from awq_jax.serving.arrange import arranged
 from awq_jax.serving.steps import decode, empty_slots
 from benchmarks.llama_8b_serve import by_kernel
 
@@ -41,7 +42,8 @@ def main() -> None:
     rows: list[dict[str, Any]] = []
     for kind in a.kinds.split(","):
         shapes = abstract_params(config, int4_head=True)
-        params = jax.block_until_ready(made(shapes if kind == "int4" else dense(shapes)))
+        params = made(shapes if kind == "int4" else dense(shapes))
+        params = jax.block_until_ready(arranged(params, jnp.bfloat16))
         for batch in map(int, a.batch.split(",")):
             rows.append({"weights": kind, **timed(config, params, batch, a.trace and a.trace / f"{kind}-{batch}.txt")})
             print(json.dumps(rows[-1]), file=sys.stderr, flush=True)

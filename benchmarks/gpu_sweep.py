@@ -26,8 +26,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from awq_jax_kernels.int4_matmul import reference, xla
-from awq_jax_kernels.int4_matmul.pallas_gpu import BlockConfig, derive, int4_matmul, prepare
+from awq_jax_kernels.int4_matmul.pallas_gpu import BlockConfig, derive, int4_matmul
 from awq_jax_kernels.int4_matmul.pallas_gpu.config import tuned_key
+from awq_jax_kernels.int4_matmul.tiles import prepare
 
 SHAPES = {
     (4096, 14336): (1, 4, 8, 16, 32, 64, 128, 256, 1024, 4096),

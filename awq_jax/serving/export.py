@@ -74,7 +74,7 @@ def export(
     if batch < 1 or steps < 1:
         raise ValueError(f"batch {batch} and steps {steps} must be at least 1.")
     wide = jnp.float32 if platform == "cpu" else jnp.bfloat16
-    model = load(directory, dtype=wide, int4_head=int4_head, family=family)
+    model = load(directory, dtype=wide, int4_head=int4_head, family=family, stored_order=True)
     positions = model.config.max_position_embeddings
     if not 2 <= max_len <= positions:
         raise ValueError(f"max_len is {max_len}; the model has {positions} positions (--max-len).")

@@ -15,6 +15,7 @@ from awq_jax._qtensor import QTensor, dequantize_tree
 from awq_jax._round import quantize
 from awq_jax._spec import QuantSpec
 from awq_jax.models import DecoderConfig
+from awq_jax.serving.arrange import arranged
 from awq_jax.serving.fuse import fuse_layer
 from awq_jax_convert.formats import open_checkpoint
 from awq_jax_convert.hf_config import FamilyChoice
@@ -58,6 +59,7 @@ def load(
     int4_head: bool = False,
     dense: bool = False,
     family: FamilyChoice = None,
+    stored_order: bool = False,
 ) -> ServingModel:
     """Read a checkpoint for serving on one device.
 
@@ -68,6 +70,7 @@ def load(
         bytes of a small model's step, and every token's logits depend on it.
       dense: dequantize every weight once, here. Eight times the memory of a packed float32 step, and on a CPU faster.
       family: a table, the name of one or its TOML file, instead of the one that serves config.json's architecture.
+      stored_order: leave bytes in the order of the checkpoint, for another device than this one.
 
     Raises:
       FileNotFoundError, ValueError: as `awq_jax_convert.formats.open_checkpoint`.
@@ -76,7 +79,9 @@ def load(
 
     def place(_: str, tree: Any) -> Any:
         tree = jax.tree.map(jnp.asarray, tree)
-        return dequantize_tree(tree, dtype) if dense else tree
+        if dense:
+            return dequantize_tree(tree, dtype)
+        return tree if stored_order else arranged(tree, dtype)
 
     return ServingModel(checkpoint=checkpoint, params=read_tree(checkpoint, dtype, place, int4_head=int4_head))
 

@@ -21,6 +21,7 @@ from jax.sharding import PartitionSpec as P
 from awq_jax._qtensor import QTensor
 from awq_jax._tree import leaves
 from awq_jax.models import DecoderConfig
+from awq_jax.serving.arrange import arranged
 from awq_jax.serving.cache import SlotCache
 from awq_jax.serving.fuse import fuse_layer
 from awq_jax.serving.load import ServingModel, int4_head_of, wide_norms
@@ -81,7 +82,7 @@ def load_sharded(path: str | os.PathLike[str], mesh: Mesh, *, dtype: Any = jnp.f
         stem["lm_head"] = {"kernel": int4_head_of(checkpoint.config, stem)}
     if "lm_head" in stem:
         stem["lm_head"] = {"kernel": padded(stem["lm_head"]["kernel"], shares)}
-    place = lambda tree: _placed(tree, mesh)
+    place = lambda tree: _placed(tree, mesh, dtype)
     layers = {str(i): place(wide_norms(checkpoint.layer(i, dtype))) for i in range(checkpoint.num_layers)}
     return ServingModel(checkpoint=checkpoint, params={**place(stem), "layers": layers})
 
@@ -95,10 +96,13 @@ def padded(head: Any, shares: int) -> Any:
     return jax.tree.map(widen, head)
 
 
-def _placed(tree: Mapping[str, Any], mesh: Mesh) -> dict[str, Any]:
+def _placed(tree: Mapping[str, Any], mesh: Mesh, dtype: Any) -> dict[str, Any]:
     """A part of the tree on the mesh: each share is cut and fused on the host, then sent to its devices alone."""
-    shares = mesh.shape[AXIS]
-    parts = [fuse_layer(_share(tree, index, shares)) for index in range(shares)]
+    shares, parts = mesh.shape[AXIS], []
+    firsts = np.moveaxis(mesh.devices, mesh.axis_names.index(AXIS), 0).reshape(shares, -1)[:, 0]
+    for index, device in enumerate(firsts):
+        with jax.default_device(device):
+            parts.append(arranged(fuse_layer(_share(tree, index, shares)), dtype))
     return jax.tree.map(functools.partial(_on_mesh, mesh), _specs(parts[0]), *parts, is_leaf=lambda x: isinstance(x, P))
 
 
@@ -155,14 +159,17 @@ def cut(path: str, leaf: Any, index: int, shares: int) -> Any:
 def _specs(tree: Mapping[str, Any]) -> Any:
     """Where each leaf of a fused tree is cut."""
     cut_n = (*_ALONG_N, "attn/qkv", "mlp/gate_up")
+    tiled = lambda a: a.ndim == 4  # codes in tile order have n first, k second
+    along_n = lambda a: P(AXIS) if tiled(a) else P(*[None] * (a.ndim - 1), AXIS)
+    along_k = lambda a: P(None, AXIS) if tiled(a) else P(AXIS, None)
 
     def spec(path: str, leaf: Any) -> Any:
         module, _, name = path.rpartition("/")
         module = "/".join(module.split("/")[-2:]) if module.startswith("layers/") else module
         if module in cut_n:
-            return jax.tree.map(lambda a: P(*[None] * (a.ndim - 1), AXIS), leaf)
+            return jax.tree.map(along_n, leaf)
         if module in _ALONG_K and name == "kernel":
-            return jax.tree.map(lambda a: P(AXIS, None), leaf)
+            return jax.tree.map(along_k, leaf)
         return jax.tree.map(lambda a: P(), leaf)
 
     def walk(node: Any, path: str) -> Any:

@@ -20,31 +20,31 @@ def shapes_of(**operands: Any) -> str:
     return ", ".join(f"{name} {None if leaf is None else leaf.shape}" for name, leaf in operands.items())
 
 
-def check_rows(x: Any, packed: Any, per_byte: int, shapes: str) -> None:
+def check_rows(x: Any, packed: tuple[int, ...], per_byte: int, shapes: str) -> None:
     """Raise ValueError where x has not a column for each code of a column of packed, or lacks its leading axes."""
-    *b, rows, _ = packed.shape
+    *b, rows, _ = packed
     if x.shape[-1] != per_byte * rows:
         each = {1: "one", 2: "two"}[per_byte]
         raise ValueError(f"x must have {per_byte * rows} columns, {each} for each row of packed: {shapes}.")
-    if b and (x.ndim != packed.ndim or x.shape[:-2] != tuple(b)):
+    if b and (x.ndim != len(packed) or x.shape[:-2] != tuple(b)):
         raise ValueError(f"x must have the leading axes of the weight, {(*b, 'm', x.shape[-1])}: {shapes}.")
 
 
-def check_groups(k: int, packed: Any, scale: Any, zero: Any, shapes: str) -> None:
+def check_groups(k: int, packed: tuple[int, ...], scale: Any, zero: Any, shapes: str) -> None:
     """Raise ValueError where scales don't divide k rows into groups, or zeros have another shape."""
-    *b, _, n = packed.shape
+    *b, _, n = packed
     if scale.shape[:-2] != tuple(b) or scale.shape[-1] != n or not scale.shape[-2] or k % scale.shape[-2]:
         raise ValueError(f"scale must be {(*b, 'k/g', n)}, with k/g a divisor of {k}: {shapes}.")
     if zero is not None and zero.shape != scale.shape:
         raise ValueError(f"zero must have the shape of scale: {shapes}.")
 
 
-def over_leading_axes(product: Callable[..., Any], x: Any, packed: Any, *rest: Any) -> Any:
+def over_leading_axes(product: Callable[..., Any], x: Any, packed: Any, scale: Any, *rest: Any) -> Any:
     """The product of 2-d operands over leading axes: those of a weight one by one, those of x alone as rows."""
-    if packed.ndim > 2:
-        return jax.vmap(lambda *one: over_leading_axes(product, *one))(x, packed, *rest)
-    y = product(x.reshape(-1, x.shape[-1]), packed, *rest)
-    return y.reshape(*x.shape[:-1], packed.shape[-1])
+    if scale.ndim > 2:
+        return jax.vmap(lambda *one: over_leading_axes(product, *one))(x, packed, scale, *rest)
+    y = product(x.reshape(-1, x.shape[-1]), packed, scale, *rest)
+    return y.reshape(*x.shape[:-1], scale.shape[-1])
 
 
 def frozen_weight(product: Callable[..., Any], input_cotangent: Callable[..., Any]) -> Callable[..., Any]:

@@ -11,6 +11,7 @@ import pytest
 
 from awq_jax_kernels.int4_matmul import pallas_gpu
 from awq_jax_kernels.int4_matmul.pallas_gpu import BlockConfig, combine, derive
+from awq_jax_kernels.int4_matmul.tiles import prepare
 from awq_jax_kernels.nibbles import pack_numpy
 from tests.kernels import hopper
 from tests.kernels.cases import ALIGNED, LLAMA, ODD
@@ -23,7 +24,7 @@ def codes(rng):
 
 def test_a_tile_gives_each_thread_its_codes(rng, codes):
     zero = rng.integers(0, 16, 128)
-    tile = np.asarray(pallas_gpu.prepare(jnp.asarray(pack_numpy(codes))))[0, 0]
+    tile = np.asarray(prepare(jnp.asarray(pack_numpy(codes))))[0, 0]
     pairs, loads = hopper.from_tiles(tile)
     np.testing.assert_array_equal(hopper.a_operand(pairs, zero), codes.T - zero[:, None])
     assert [hopper.bank_passes(a, 16) for a in loads] == [1, 1]
@@ -48,19 +49,6 @@ def test_a_code_less_its_zero_is_exact_in_both_floats():
         bits = jnp.asarray(magic | q, jnp.uint16)
         difference = jax.lax.bitcast_convert_type(bits, dtype) - jnp.asarray(base + zero, dtype)
         np.testing.assert_array_equal(difference.astype(jnp.float32), q - zero)
-
-
-@pytest.mark.parametrize(("blocks_k", "blocks_n"), [(1, 1), (2, 3)])
-def test_prepare_is_a_permutation(rng, blocks_k, blocks_n):
-    packed = rng.integers(-128, 128, (32 * blocks_k, 128 * blocks_n)).astype(np.int8)
-    tiles = pallas_gpu.prepare(jnp.asarray(packed))
-    assert tiles.size * 4 == packed.size
-    np.testing.assert_array_equal(pallas_gpu.restore(tiles), packed)
-
-
-def test_prepare_refuses_what_it_would_have_to_pad():
-    with pytest.raises(ValueError, match="k=96 must be a multiple of 64 and n=128 of 128"):
-        pallas_gpu.prepare(jnp.zeros((48, 128), jnp.int8))
 
 
 @pytest.mark.parametrize("tokens", [8, 16, 64, 120, 128])

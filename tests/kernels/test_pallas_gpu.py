@@ -11,6 +11,7 @@ import pytest
 
 from awq_jax_kernels.int4_matmul import pallas_gpu
 from awq_jax_kernels.int4_matmul.pallas_gpu import BlockConfig
+from awq_jax_kernels.int4_matmul.tiles import prepare
 from tests.kernels.cases import ALIGNED, Case
 from tests.kernels.contract import CODES, check, make_problem
 
@@ -38,7 +39,7 @@ CUTS = [  # each way of cutting that the tuned tables use, and their combination
 def product(x, packed, scale, zero, *, tiles=False, config=None):
     """The kernel on either order of the bytes."""
     call = jax.jit(functools.partial(pallas_gpu.int4_matmul, config=config))
-    return call(x, pallas_gpu.prepare(packed) if tiles else packed, scale, zero)
+    return call(x, prepare(packed) if tiles else packed, scale, zero)
 
 
 @pytest.mark.parametrize("tiles", [False, True])

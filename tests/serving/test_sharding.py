@@ -11,8 +11,10 @@ import pytest
 from jax.sharding import Mesh
 
 from awq_jax import QTensor, QuantSpec, quantize
+from awq_jax._qtensor import in_rows
 from awq_jax._tree import leaves
 from awq_jax.serving import Engine, Request, load
+from awq_jax.serving.arrange import arranged
 from awq_jax.serving.sharding import cut, load_sharded, local_config, sharded_programs, sharded_slots
 
 
@@ -41,6 +43,16 @@ def test_two_devices_answer_as_one(native, mesh, prompts, int4_head):
         **options,
     ).generate(requests)
     assert made == wanted
+
+
+def test_shares_in_tile_order_are_the_same_weights(native, mesh, sharded, monkeypatch):
+    monkeypatch.setattr("awq_jax.serving.sharding.arranged", functools.partial(arranged, platform="gpu"))
+    tiled = load_sharded(native, mesh, dtype=jnp.bfloat16).params["layers"]["1"]
+    for name in (("attn", "qkv"), ("attn", "o"), ("mlp", "gate_up"), ("mlp", "down")):
+        weight, rows = (layer[name[0]][name[1]]["kernel"] for layer in (tiled, sharded.params["layers"]["1"]))
+        assert weight.packed.dtype == jnp.int32 and weight.shape == rows.shape
+        assert {shard.data.size for shard in weight.packed.addressable_shards} == {weight.packed.size // 2}
+        np.testing.assert_array_equal(in_rows(weight).packed, rows.packed)
 
 
 def test_every_device_holds_its_share(sharded, native):

@@ -16,10 +16,11 @@ from types import ModuleType
 from typing import Any, Literal, get_args
 
 import jax
-from jaxtyping import Array, Float, Int8
+from jaxtyping import Array, Float, Int8, Int32
 
 from awq_jax_kernels import dispatch
 from awq_jax_kernels.int4_matmul import xla
+from awq_jax_kernels.int4_matmul.tiles import as_rows, is_tiled, rows_shape
 from awq_jax_kernels.product import check_groups, check_rows, frozen_weight, over_leading_axes, shapes_of
 
 __all__ = ["IMPLEMENTATIONS", "Implementation", "int4_matmul", "refusal"]
@@ -33,12 +34,13 @@ IMPLEMENTATIONS: dict[str, str] = {
     "reference": "awq_jax_kernels.int4_matmul.reference",
 }
 
+_READS_TILES = "gpu"
 _EIGHT_BITS = "packed has a byte for each row of x, codes of eight bits; int8_matmul multiplies these"
 
 
 def int4_matmul(
     x: Float[Array, "..."],
-    packed: Int8[Array, "*b k2 n"],
+    packed: Int8[Array, "*b k2 n"] | Int32[Array, "*b n128 k64 4 256"],
     scale: Float[Array, "*b groups n"],
     zero: Int8[Array, "*b groups n"] | None = None,
     *,
@@ -49,7 +51,8 @@ def int4_matmul(
 
     Args:
       x: ``[*b, m, k]``, float32, bfloat16 or float16. For a weight without leading axes, any ``[..., k]``.
-      packed: int8 ``[*b, k/2, n]``, the layout of `awq_jax_kernels.nibbles`.
+      packed: int8 ``[*b, k/2, n]``, the layout of `awq_jax_kernels.nibbles`; or the same codes in the order that
+        `awq_jax_kernels.int4_matmul.tiles.prepare` gives them for Hopper GPUs, elsewhere undone in every product.
       scale: floating ``[*b, k/g, n]``; the group size g is ``k // scale.shape[-2]``.
       zero: int8 codes 0..15 ``[*b, k/g, n]``; None is 8 everywhere, a symmetric weight.
       implementation: "tpu", "gpu", "xla" or "reference"; a refusal is then an error. None takes the kernel of the
@@ -70,10 +73,11 @@ def int4_matmul(
     105.0
     """
     shapes = shapes_of(x=x, packed=packed, scale=scale, zero=zero)
-    if x.shape[-1] == packed.shape[-2]:
+    rows = rows_shape(packed)
+    if x.shape[-1] == rows[-2]:
         raise ValueError(f"int4_matmul takes no such weight: {_EIGHT_BITS}: {shapes}.")
-    check_rows(x, packed, 2, shapes)
-    check_groups(x.shape[-1], packed, scale, zero, shapes)
+    check_rows(x, rows, 2, shapes)
+    check_groups(x.shape[-1], rows, scale, zero, shapes)
     if config is not None and implementation is None:
         raise ValueError("config belongs to one implementation: name it, such as implementation='tpu'.")
     return over_leading_axes(functools.partial(_multiply, implementation, config), x, packed, scale, zero)
@@ -83,8 +87,10 @@ def refusal(
     implementation: Implementation, x: Any, packed: Any, scale: Any, zero: Any = None, *, config: Any = None
 ) -> str | None:
     """Why an implementation can't take these 2-d operands (anything with a shape and a dtype), or None if it can."""
-    if x.shape[-1] == packed.shape[-2]:
+    if x.shape[-1] == rows_shape(packed)[-2]:
         return _EIGHT_BITS
+    if implementation == "tpu" and is_tiled(packed):
+        return "packed is in the tile order of a GPU"
     module = _module(implementation)
     return module if isinstance(module, str) else module.supports(x, packed, scale, zero, config=config)
 
@@ -117,7 +123,8 @@ def _multiply(implementation: Implementation | None, config: Any, x: Any, *weigh
 
 @functools.cache
 def _product(implementation: Implementation | None, config: Any) -> Any:
-    return frozen_weight(_batched(implementation, config), xla.input_cotangent)
+    cotangent = lambda dy, packed, *rest: xla.input_cotangent(dy, as_rows(packed), *rest)
+    return frozen_weight(_batched(implementation, config), cotangent)
 
 
 @functools.cache
@@ -137,7 +144,7 @@ def _batched(implementation: Implementation | None, config: Any) -> Any:
             return jax.vmap(choose, in_axes=axes, axis_size=size)(x, packed, scale, zero), True
         # Mapping a kernel would fetch the weight once per row of the batch.
         y = product(x.reshape(-1, x.shape[-1]), packed, scale, zero)
-        return y.reshape(size, -1, packed.shape[-1]), True
+        return y.reshape(size, -1, scale.shape[-1]), True
 
     return product
 
@@ -162,4 +169,5 @@ def _ways(config: Any, *operands: Any) -> dict[str, dispatch.Way]:
 
 def _run(implementation: str, x: Any, packed: Any, scale: Any, zero: Any, *, config: Any) -> Any:
     module: Any = _module(implementation)
+    packed = packed if implementation == _READS_TILES else as_rows(packed)
     return module.int4_matmul(x, packed, scale, zero, config=config)

@@ -35,8 +35,8 @@ def int8_matmul(
     45.0
     """
     shapes = shapes_of(x=x, packed=packed, scale=scale, zero=zero)
-    check_rows(x, packed, 1, shapes)
-    check_groups(x.shape[-1], packed, scale, zero, shapes)
+    check_rows(x, packed.shape, 1, shapes)
+    check_groups(x.shape[-1], packed.shape, scale, zero, shapes)
     return over_leading_axes(_product, x, packed, scale, zero)
 
 

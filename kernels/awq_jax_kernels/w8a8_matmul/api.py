@@ -50,7 +50,7 @@ def w8a8_matmul(
 def _check(x: Any, packed: Any, scale: Any, step: Any) -> None:
     """Raise where shapes disagree, naming them all."""
     shapes = shapes_of(x=x, packed=packed, scale=scale, step=step)
-    check_rows(x, packed, 1, shapes)
+    check_rows(x, packed.shape, 1, shapes)
     *b, k, n = packed.shape
     if scale.shape != (*b, 1, n):
         raise ValueError(f"scale must be {(*b, 1, n)}, one for each column: int32 sums know no groups: {shapes}.")

@@ -2,8 +2,7 @@
 """`int4_matmul` on Hopper GPUs, written for Mosaic GPU.
 
 `kernel` is the dataflow, `pipeline` the ring that feeds it, `reader` the warpgroup that multiplies, `fragment` turns
-codes into tensor-core operands, `combine` adds up what was split, `tiles` is an order of the bytes that saves a few
-instructions, `config` chooses.
+codes into tensor-core operands, `combine` adds up what was split, `config` chooses.
 """
 
 import functools
@@ -15,10 +14,9 @@ from jaxtyping import Array, Float, Int8, Int32
 
 from awq_jax_kernels.int4_matmul.pallas_gpu.config import BlockConfig, choose, derive
 from awq_jax_kernels.int4_matmul.pallas_gpu.kernel import fused
-from awq_jax_kernels.int4_matmul.pallas_gpu.tiles import prepare, restore
 from awq_jax_kernels.mosaic_gpu.device import unsuitable
 
-__all__ = ["BlockConfig", "choose", "derive", "int4_matmul", "prepare", "restore", "supports"]
+__all__ = ["BlockConfig", "choose", "derive", "int4_matmul", "supports"]
 
 FLOATS = ("bfloat16", "float16")
 
@@ -60,7 +58,8 @@ def int4_matmul(
 
     Args:
       x: bfloat16 or float16 ``[m, k]``.
-      packed: int8 ``[k/2, n]`` in the layout of `awq_jax_kernels.nibbles`, or the same weight after `prepare`.
+      packed: int8 ``[k/2, n]`` in the layout of `awq_jax_kernels.nibbles`, or the same weight in the order
+        of `awq_jax_kernels.int4_matmul.tiles`, which saves a few instructions.
       scale: ``[k/g, n]``; g is 32, 64 or a multiple of 128. Above 32 rows of x the scaled weight is rounded to the
         dtype of x, as a dense weight would be; a float16 x with wider scales excepted.
       zero: int8 codes 0..15 ``[k/g, n]``; None is 8 everywhere.

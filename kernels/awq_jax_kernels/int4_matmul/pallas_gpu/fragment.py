@@ -66,7 +66,7 @@ def _packed_pairs(ref: ir.Value) -> Any:
 
 
 def _tiled_pairs(ref: ir.Value) -> Any:
-    """The same from the order that `prepare` writes: 16-byte loads, and shifts alone to reach a pair."""
+    """The same from the order that `tiles.prepare` writes: 16-byte loads, and shifts alone to reach a pair."""
     thread = arith.remui(mgpu.thread_idx(), const(128))
     base = _advance(ref, arith.shli(thread, const(4)))
     for quarter in range(UNIT // 32):
@@ -126,7 +126,7 @@ def dequantize(
     """``q - zero``, times the scale if given, for 128 channels and 64 steps: a ``[128, 64]`` register operand.
 
     Args:
-      codes: shared memory, int8 ``[32, 128]`` packed bytes with the 128-byte swizzle, or one int32 tile of `prepare`.
+      codes: shared memory, int8 ``[32, 128]`` packed bytes with the 128-byte swizzle, or one int32 tile.
       zero: shared memory, int8 ``[128]``, or None for 8.
       scale: shared memory, floating ``[128]``, or None to leave the scale to `add_scaled`.
       dtype: bfloat16 or float16.

@@ -1,9 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The tile order: packed bytes rearranged so that each thread of the kernel finds its codes in 16-byte runs.
+"""The tile order: packed bytes rearranged so that each thread of the Hopper kernel finds its codes in 16-byte runs.
 
 The codes, their values and their number stay the same; scale and zero aren't touched. Each block of 128 channels and
-64 steps becomes 4 KiB that are contiguous in memory, in the order in which `fragment` reads them.
+64 steps becomes 4 KiB that are contiguous in memory, in the order in which `pallas_gpu.fragment` reads them. Tiles are
+int32, packed bytes int8: the dtype tells which of the two an array is.
 """
+
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +15,27 @@ from jaxtyping import Array, Int8, Int32
 
 from awq_jax_kernels import nibbles
 
-__all__ = ["prepare", "restore"]
+__all__ = ["as_rows", "is_tiled", "prepare", "restore", "rows_shape"]
+
+
+def is_tiled(packed: Any) -> bool:
+    """Whether codes (anything with a dtype) are in tile order."""
+    return packed.dtype == jnp.int32
+
+
+def rows_shape(packed: Any) -> tuple[int, ...]:
+    """``(*b, k/2, n)``, the shape of codes (anything with a shape and a dtype) as packed bytes."""
+    if not is_tiled(packed):
+        return tuple(packed.shape)
+    *b, blocks_n, blocks_k, _, _ = packed.shape
+    return (*b, 32 * blocks_k, 128 * blocks_n)
+
+
+def as_rows(packed: Any) -> Any:
+    """Codes as packed bytes, whichever order they are in."""
+    if not is_tiled(packed):
+        return packed
+    return restore(packed) if packed.ndim == 4 else jax.vmap(as_rows)(packed)
 
 
 def _source() -> np.ndarray:
