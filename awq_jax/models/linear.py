@@ -26,5 +26,8 @@ class Linear(nnx.Module):
 
     def __call__(self, x: Float[Array, "*b k"]) -> Float[Array, "*b n"]:
         """Outputs in the dtype of x."""
-        y = matmul(x, self.kernel.get_value())
-        return y if self.bias is None else y + self.bias.get_value().astype(x.dtype)
+        return self.completed(matmul(x, self.kernel.get_value()))
+
+    def completed(self, product: Float[Array, "*b n"]) -> Float[Array, "*b n"]:
+        """What is left to do behind the product: the bias."""
+        return product if self.bias is None else product + self.bias.get_value().astype(product.dtype)

@@ -9,7 +9,6 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from awq_jax._qtensor import matmul
 from awq_jax.models import Decoder, DecoderConfig, KVCache
 from awq_jax.models.linear import Linear
 from awq_jax.models.mlp import Mlp
@@ -28,9 +27,8 @@ class _RowParallel(Linear):
 
     axis: str
 
-    def __call__(self, x: Array) -> Array:
-        y = jax.lax.psum(matmul(x, self.kernel.get_value()), self.axis)
-        return y if self.bias is None else y + self.bias.get_value().astype(x.dtype)
+    def completed(self, product: Array) -> Array:
+        return super().completed(jax.lax.psum(product, self.axis))
 
 
 def serving_decoder(config: DecoderConfig, params: Mapping[str, Any], axis: str | None = None) -> Decoder:

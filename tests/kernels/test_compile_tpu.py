@@ -11,7 +11,7 @@ from awq_jax_kernels.aot.tpu import compile_programs
 from awq_jax_kernels.bench import report
 from awq_jax_kernels.bench.cost import program
 from awq_jax_kernels.chips import TPUS
-from awq_jax_kernels.int4_matmul.config import derive
+from awq_jax_kernels.int4_matmul.config import derive, resident
 
 pytestmark = pytest.mark.compile
 
@@ -44,6 +44,17 @@ def test_odd_sizes_compile_without_temporaries(generation):
     for shape, compiled in zip(programs, compile_programs(programs, generation, profile=False), strict=True):
         assert not compiled.error, f"{shape}: {compiled.error}"
         assert compiled.temp_bytes == 0
+
+
+@pytest.mark.parametrize("generation", TPUS)
+def test_a_product_that_makes_its_own_x_compiles(generation):
+    programs = []
+    for (m, k, n), gate in (((1, 512, 128), "silu"), ((16, 3584, 128), "gelu_tanh")):
+        config = derive(m, k, n, 128, tpu=TPUS[generation], exact=False)
+        assert resident(config, m, 2 * k, n)
+        programs.append(program("ours", m=m, k=k, n=n, gate=gate, config=vars(config)))
+    for compiled in compile_programs(programs, generation, profile=False):
+        assert not compiled.error and compiled.temp_bytes == 0, compiled.error
 
 
 @pytest.mark.parametrize("generation", TPUS)

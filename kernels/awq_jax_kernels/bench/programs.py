@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from awq_jax_kernels.gated import reference as gated
 from awq_jax_kernels.int4_matmul import tpu_kernel, xla
 from awq_jax_kernels.int4_matmul.config import BlockConfig
 
@@ -20,17 +21,25 @@ def operands(m: int, k: int, n: int, g: int = 128, zeros: bool = True) -> tuple[
     return of((m, k), "bfloat16"), of((k // 2, n), "int8"), of((k // g, n), "bfloat16"), zero
 
 
-def ours(config: dict[str, Any], *, still: bool = False, inside: bool = False, **shape: Any) -> tuple[Any, Any]:
-    """The kernel; `still` for what its core does without copies, `inside` between operations that leave x in VMEM."""
+def ours(
+    config: dict[str, Any], *, still: bool = False, inside: bool = False, gate: str | None = None, **shape: Any
+) -> tuple[Any, Any]:
+    """The kernel; `still` for what its core does without copies, `inside` between operations that leave x in VMEM.
+
+    With the name of an activation as `gate`, x is given as gate and up.
+    """
+    of_halves = None if gate is None else gated.of_halves(gate)
 
     def product(*arrays: Any) -> Any:
         stacked = jax.tree.map(lambda leaf: leaf[None], arrays)
-        return tpu_kernel.fused(*stacked, config=BlockConfig(**config), still=still)[0]
+        return tpu_kernel.fused(*stacked, config=BlockConfig(**config), still=still, of_halves=of_halves)[0]
 
     def between(x: Any, *weight: Any) -> Any:
         return jnp.tanh(product(jnp.tanh(x), *weight))
 
-    return between if inside else product, operands(**shape)
+    x, *weight = operands(**shape)
+    given = x if gate is None else jax.ShapeDtypeStruct((x.shape[0], 2 * x.shape[1]), x.dtype)
+    return between if inside else product, (given, *weight)
 
 
 def grouped(**shape: Any) -> tuple[Any, Any]:
@@ -65,7 +74,8 @@ def small_gpu(name: str, *, rows: int, dtype: str = "bfloat16", **sizes: int) ->
     """What runs on a GPU between two products of a decode step: "add_norm" (d), "gated" (w) or "decode_attention"
     (heads, kv, d, positions), with the kernel's own name for its sizes.
     """
-    from awq_jax_kernels import add_norm, decode_attention, gated
+    from awq_jax_kernels import add_norm, decode_attention
+    from awq_jax_kernels.gated import gated as gate
 
     of = lambda *shape, kind=dtype: jax.ShapeDtypeStruct(shape, jnp.dtype(kind))
     if name == "add_norm":
@@ -73,7 +83,7 @@ def small_gpu(name: str, *, rows: int, dtype: str = "bfloat16", **sizes: int) ->
         run = functools.partial(add_norm.add_norm, eps=1e-5, implementation="gpu")
         return run, (of(rows, d), of(rows, d), of(d, kind="float32"))
     if name == "gated":
-        return functools.partial(gated.gated, activation="silu", implementation="gpu"), (of(rows, sizes["w"]),)
+        return functools.partial(gate, activation="silu", implementation="gpu"), (of(rows, sizes["w"]),)
     heads, kv, d, positions = (sizes[key] for key in ("heads", "kv", "d", "positions"))
     held, turns = of(rows, positions * kv, d), of(rows, d, kind="float32")
     run = functools.partial(decode_attention.decode_attention, heads=heads, scale=d**-0.5, implementation="gpu")

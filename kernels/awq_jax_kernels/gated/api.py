@@ -2,14 +2,14 @@
 """`gated`: activation of one half of a product's columns, times the other half."""
 
 import functools
-from typing import Literal
+from typing import Any, Literal
 
 from jaxtyping import Array, Float
 
 from awq_jax_kernels.dispatch import Way, cuda, dispatch
 from awq_jax_kernels.gated import pallas_gpu, reference
 
-__all__ = ["gated"]
+__all__ = ["check", "gated"]
 
 
 def gated(
@@ -36,9 +36,7 @@ def gated(
     >>> gated(jnp.array([[0.0, 100.0, 5.0, 2.0]]), activation="silu").tolist()
     [[0.0, 200.0]]
     """
-    if activation not in reference.ACTIVATIONS or product.shape[-1] % 2:
-        names = ", ".join(reference.ACTIVATIONS)
-        raise ValueError(f"gated takes an even number of columns and {names}: {list(product.shape)}, {activation!r}.")
+    check(product, activation)
     bound = {"activation": activation}
     ways = {
         "gpu": Way(
@@ -48,3 +46,10 @@ def gated(
     }
     what = f"gated takes a product {product.dtype}{list(product.shape)}"
     return dispatch(implementation, ways, "reference", (product,), what)
+
+
+def check(product: Any, activation: str) -> None:
+    """Raise ValueError where the product has no halves or the activation is none of those there are."""
+    if activation not in reference.ACTIVATIONS or product.shape[-1] % 2:
+        names = ", ".join(reference.ACTIVATIONS)
+        raise ValueError(f"gated takes an even number of columns and {names}: {list(product.shape)}, {activation!r}.")

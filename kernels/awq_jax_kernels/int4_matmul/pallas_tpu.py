@@ -12,11 +12,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int8, Int32
 
-from awq_jax_kernels.int4_matmul.config import BlockConfig, choose
-from awq_jax_kernels.int4_matmul.tpu_kernel import fused
+from awq_jax_kernels.int4_matmul.config import BlockConfig, choose, here, resident
+from awq_jax_kernels.int4_matmul.tpu_kernel import OfHalves, fused
 from awq_jax_kernels.int4_matmul.unpack import ROWS, split
 
-__all__ = ["BlockConfig", "int4_matmul", "multiply_tiles", "supports"]
+__all__ = ["BlockConfig", "int4_matmul", "multiply_halves", "multiply_tiles", "supports", "supports_halves"]
 
 _PARTS = {"bfloat16": 1, "float16": 2, "float32": 3}  # bfloat16 terms that hold a value exactly
 
@@ -110,6 +110,39 @@ def _batchable(config: BlockConfig, out_dtype: str | None) -> Any:
         return y.reshape(*stacked[0].shape[:-1], y.shape[-1]), True
 
     return product
+
+
+def supports_halves(
+    halves: Any, packed: Any, scale: Any, zero: Any = None, *, config: BlockConfig | None = None
+) -> str | None:
+    """Why `multiply_halves` can't take these operands, or None if it can."""
+    (m, w), n, groups = halves.shape, packed.shape[1], scale.shape[0]
+    x = jax.ShapeDtypeStruct((m, w // 2), halves.dtype)
+    if reason := supports(x, packed, scale, zero, config=config):
+        return reason
+    if str(x.dtype) != "bfloat16":
+        return f"the halves are {x.dtype}, not bfloat16"
+    if config is None and here() is None:
+        return "no TPU is being traced for, so nothing is known of its VMEM"
+    config = config or choose(m, w // 2, n, w // 2 // groups, zeros=zero is not None, exact=False)
+    return None if resident(config, m, w, n) else f"{m} rows of {w} and {n} columns do not stay in VMEM"
+
+
+def multiply_halves(
+    halves: Float[Array, "m w"],
+    packed: Int8[Array, "k2 n"],
+    scale: Float[Array, "groups n"],
+    zero: Int8[Array, "groups n"] | None = None,
+    *,
+    of_halves: OfHalves,
+    config: BlockConfig | None = None,
+) -> Float[Array, "m n"]:
+    """``of_halves(halves[:, :k], halves[:, k:]) @ ((q - zero) * scale)``, few rows, in one kernel."""
+    (m, w), n = halves.shape, packed.shape[1]
+    config = config or choose(m, w // 2, n, w // 2 // scale.shape[0], zeros=zero is not None, exact=False)
+    scale = scale.astype(jnp.float32) if scale.dtype == jnp.float16 else scale
+    stacked = jax.tree.map(lambda leaf: leaf[None], (halves, packed, scale, zero))
+    return fused(*stacked, config=config, of_halves=of_halves)[0]
 
 
 def multiply_tiles(

@@ -12,6 +12,7 @@ the weight to bfloat16 and multiply that; G does so without its zero points, whi
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -24,7 +25,10 @@ from awq_jax_kernels.int4_matmul.config import BlockConfig, resident
 from awq_jax_kernels.int4_matmul.ring import Ring
 from awq_jax_kernels.int4_matmul.unpack import OFFSET, ROWS, permutation, split, unpack_a, unpack_b, unpack_d
 
-__all__ = ["fused"]
+__all__ = ["OfHalves", "fused"]
+
+OfHalves = Callable[[Array, Array], Array]
+"""Makes columns of x, elementwise, from two arrays of their shape."""
 
 
 def fused(
@@ -36,24 +40,27 @@ def fused(
     *,
     config: BlockConfig,
     out_dtype: str | None = None,
+    of_halves: OfHalves | None = None,
     still: bool = False,
 ) -> Float[Array, "b m n"]:
     """``y[b] = x[b] @ ((q[e] - zero[e]) * scale[e])``, where e is ``experts[b]``, or b itself.
 
     Args:
-      x: bfloat16 ``[b, m, k]``.
+      x: bfloat16 ``[b, m, k]``; ``[1, m, 2k]`` with `of_halves`.
       packed: int8 ``[e, k/2, n]``.
       scale: bfloat16 or float32 ``[e, k/g, n]``.
       zero: int8 ``[e, k/g, n]`` or None.
       experts: int32 ``[b]``, which weight each block of x takes.
       config: block sizes, already checked.
       out_dtype: of the result; None is bfloat16. "float32" also keeps the zero points' share exact to 24 bits.
+      of_halves: x is given as two arrays side by side, and this makes it of them while the first block travels; for
+        operands that are `resident`.
       still: copy no weights. The result is then meaningless, and the program costs what the core's own work does.
 
     Returns:
       ``[b, m, n]``.
     """
-    (b, m, k), n = x.shape, packed.shape[2]
+    (b, m, _), (k, n) = x.shape, (2 * packed.shape[1], packed.shape[2])
     groups, bm = scale.shape[1], -(-min(config.bm, m) // 16) * 16
     weights = (packed, scale) if zero is None else (packed, scale, zero)
     # Terms of eight bits in the zero points' share. A's carries its offset of 128, which must cancel.
@@ -72,12 +79,12 @@ def fused(
     if b == 1 and experts is None and resident(config, m, k, n):
         pieces = config.bn // config.tile if config.by_tile else 1
         in_vmem = pl.BlockSpec(memory_space=pltpu.VMEM)
-        padded = [] if m == bm else [pltpu.VMEM((bm, k), x.dtype)]  # a matrix unit takes 16 rows or more
+        made = [] if m == bm and of_halves is None else [pltpu.VMEM((bm, k), x.dtype)]
         y = pl.pallas_call(
-            functools.partial(_alone, functools.partial(kernel, pieces=pieces), len(padded)),
+            functools.partial(_alone, functools.partial(kernel, pieces=pieces), len(made), of_halves),
             in_specs=[in_vmem, in_hbm],
             out_specs=in_vmem,
-            scratch_shapes=[*padded, *everything],
+            scratch_shapes=[*made, *everything],
             out_shape=_like((m, n), dtype, x, *weights),
             compiler_params=pltpu.CompilerParams(vmem_limit_bytes=config.vmem_mib << 20),
             **options,
@@ -134,12 +141,25 @@ def _in_grid(kernel: Any, prefetched: int, *refs: Any) -> None:
     kernel(expert, pl.program_id(0), pl.program_id(3), *refs[prefetched:])
 
 
-def _alone(kernel: Any, padded: int, x_ref: Any, weights: Any, out_ref: Any, *refs: Any) -> None:
-    """The one instance there is; x is brought to whole tiles of rows, of which the last are anything."""
-    if padded:
-        refs[0][: x_ref.shape[0]] = x_ref[...]
-        x_ref = refs[0]
-    kernel(0, 0, 0, x_ref, weights, out_ref, *refs[padded:])
+def _alone(kernel: Any, made: int, of_halves: Any, x_ref: Any, weights: Any, out_ref: Any, *refs: Any) -> None:
+    """The one instance there is; it makes x, whole tiles of rows of which the last are anything."""
+    if not made:
+        return kernel(0, 0, 0, x_ref, weights, out_ref, *refs)
+    make = functools.partial(_rows_of_x, x_ref, refs[0], of_halves)
+    return kernel(0, 0, 0, refs[0], weights, out_ref, *refs[1:], make=make)
+
+
+def _rows_of_x(given: Any, x_ref: Any, of_halves: OfHalves | None) -> None:
+    m, k = given.shape[0], x_ref.shape[1]
+    if of_halves is None:  # a matrix unit takes 16 rows or more
+        x_ref[:m] = given[...]
+        return
+    width = next(w for w in (1024, 512, 256, 128) if k % w == 0)
+
+    @pl.loop(0, k // width)
+    def _(i: Any) -> None:
+        first, second = (pl.ds(pl.multiple_of(i * width + half, 128), width) for half in (0, k))
+        x_ref[:m, first] = of_halves(given[:, first], given[:, second]).astype(x_ref.dtype)
 
 
 def _kernel(
@@ -158,6 +178,7 @@ def _kernel(
     order: int,
     still: bool,
     pieces: int = 1,
+    make: Callable[[], None] | None = None,
 ) -> None:
     kept = dict(zip(names, scratch, strict=True))
     groups, tile = weights[1].shape[1], config.tile
@@ -184,6 +205,8 @@ def _kernel(
         ring.start(0, tiles)
         for block in range(1, min(config.buffers, everything)):
             ring.start(block, pieces)
+        if make is not None:
+            make()
         if kept:
             _prepare_x(x_ref, kept, g, order)
         take(0, tiles)
