@@ -35,7 +35,7 @@ class Compared:
       method: as in `Recipe.method`; "dense" for the model itself.
       kl: divergence from the dense model, nats a token.
       perplexity: on the held-out text.
-      perplexity_stderr: its standard error.
+      perplexity_stderr: its standard error; None where the text is a single window.
       top1: share of positions on which it agrees with the dense model.
       nbytes: of its tensors.
       seconds: of quantizing, compilation included.
@@ -46,7 +46,7 @@ class Compared:
     method: str
     kl: float
     perplexity: float
-    perplexity_stderr: float
+    perplexity_stderr: float | None
     top1: float
     nbytes: int
     seconds: float
@@ -83,6 +83,7 @@ def compare_methods(
     samples: int = 128,
     seq_len: int = 512,
     tokens: int = 20_000,
+    ctx: int = 192,
     family: FamilyChoice = None,
     overwrite: bool = False,
     progress: Callable[[str], None] = lambda step: None,
@@ -101,6 +102,7 @@ def compare_methods(
       samples: calibration samples at most.
       seq_len: tokens of a sample at most.
       tokens: of the held-out text, at most.
+      ctx: tokens of a window of it, which is seen on its own.
       family: a table, the name of one or its TOML file, instead of the one that serves config.json's architecture.
       overwrite: replace ``out`` if awq-jax wrote it.
       progress: called with what begins.
@@ -120,7 +122,7 @@ def compare_methods(
         if text is None:
             held.write_text(stdlib_text.documentation("heldout"), encoding="utf-8")
         progress("measuring the dense model")
-        found = evaluate_checkpoint(src, held, base=src, tokens=tokens, family=family)
+        found = evaluate_checkpoint(src, held, base=src, tokens=tokens, ctx=ctx, family=family)
         rows = [_row(16, "dense", found, source.nbytes, 0.0)]
         for recipe in recipes:
             quant = recipe.quant
@@ -130,7 +132,7 @@ def compare_methods(
             report = quantize_checkpoint(
                 source.path, target, recipe=recipe, calib=chosen, format="native", family=family, resume="never"
             )
-            found = evaluate_checkpoint(target, held, base=src, tokens=tokens, family=family)
+            found = evaluate_checkpoint(target, held, base=src, tokens=tokens, ctx=ctx, family=family)
             errors = tuple(layer.error for layer in report.layers)
             seconds = sum(report.seconds.values())
             row = _row(quant.bits, recipe.method, found, report.bytes_after, seconds, errors)

@@ -16,6 +16,7 @@ from awq_jax import stdlib_text
 from awq_jax._outliers import plant_outliers
 from awq_jax._publish import published, write_bytes, write_manifest
 from awq_jax._spec import QuantSpec, Recipe, SearchSpec, rule
+from awq_jax.evaluate import with_error
 from awq_jax.pipeline import quantize_checkpoint
 from awq_jax.prepare import plans_of, read_samples
 from awq_jax.run import continue_prompt, evaluate_checkpoint, load_model
@@ -39,7 +40,7 @@ class DemoRow:
       model: "plain", or "planted outliers": the same function with a few large channels, as large models have.
       method: "dense" (bfloat16), "round to nearest" or "AWQ" (both INT4).
       perplexity: on held-out documentation.
-      perplexity_stderr: its standard error.
+      perplexity_stderr: its standard error; None where the text is a single window.
       kl: divergence from the dense model, nats a token.
       top1: share of tokens on which both agree.
       nbytes: of the tensors.
@@ -50,7 +51,7 @@ class DemoRow:
     model: str
     method: str
     perplexity: float
-    perplexity_stderr: float
+    perplexity_stderr: float | None
     kl: float
     top1: float
     nbytes: int
@@ -148,7 +149,7 @@ def to_markdown(rows: list[DemoRow], prompt: str) -> str:
         "| model | weights | perplexity | KL to dense | same top-1 | MB | quantized in |",
         "|---|---|---|---|---|---|---|",
         *(
-            f"| {r.model} | {r.method} | {r.perplexity:.2f} ± {r.perplexity_stderr:.2f} | {r.kl:.4f} | "
+            f"| {r.model} | {r.method} | {with_error(r.perplexity, r.perplexity_stderr)} | {r.kl:.4f} | "
             f"{100 * r.top1:.1f} % | {r.nbytes / 1e6:.1f} | {f'{r.seconds:.1f} s' if r.seconds else ''} |"
             for r in rows
         ),

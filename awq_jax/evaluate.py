@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-__all__ = ["Evaluation", "TextTooShort", "TokenOutOfRange", "cut_windows", "evaluate", "kl", "perplexity"]
+__all__ = ["Evaluation", "TextTooShort", "TokenOutOfRange", "cut_windows", "evaluate", "kl", "perplexity", "with_error"]
 
 Apply = Callable[[Any, Int[Array, "b t"]], Float[Array, "b t v"]]
 """``(params, tokens) -> logits``: pure. Params are an argument, so that no weight becomes a constant of the program."""
@@ -37,17 +37,26 @@ class Evaluation:
 
     Attributes:
       perplexity: exp of the mean negative log likelihood.
-      perplexity_stderr: its standard error, from the spread between windows; nan for a single window.
+      perplexity_stderr: its standard error, from the spread between windows; None for a single window.
       kl: mean ``KL(base || model)`` in nats a token; None without a base.
       top1: share of positions where model and base agree on the likeliest token; None without a base.
       tokens: predicted positions.
     """
 
     perplexity: float
-    perplexity_stderr: float
+    perplexity_stderr: float | None
     kl: float | None
     top1: float | None
     tokens: int
+
+
+def with_error(value: float, stderr: float | None, *, places: int = 2) -> str:
+    """A value for people, with its standard error where it has one.
+
+    >>> with_error(18.1, 0.85), with_error(18.1, None)
+    ('18.10 ± 0.85', '18.10')
+    """
+    return f"{value:.{places}f}" + ("" if stderr is None else f" ± {stderr:.{places}f}")
 
 
 def cut_windows(
@@ -108,11 +117,11 @@ def evaluate(
         progress(start + len(rows), count)
     nll, divergence, agreed = np.concatenate(sums, axis=1).astype(np.float64)
     scored = count * (ctx - 1)
-    spread = nll.std(ddof=1) / (ctx - 1) / math.sqrt(count) if count > 1 else math.nan
+    spread = nll.std(ddof=1) / (ctx - 1) / math.sqrt(count) if count > 1 else None
     value = math.exp(nll.sum() / scored)
     return Evaluation(
         perplexity=value,
-        perplexity_stderr=value * spread,  # d exp(x) = exp(x) dx
+        perplexity_stderr=None if spread is None else value * spread,  # d exp(x) = exp(x) dx
         kl=float(divergence.sum()) / scored if base else None,
         top1=float(agreed.sum()) / scored if base else None,
         tokens=scored,

@@ -33,7 +33,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from awq_jax import stdlib_text
 from awq_jax._tree import leaves
-from awq_jax.evaluate import cut_windows, evaluate
+from awq_jax.evaluate import cut_windows, evaluate, with_error
 from awq_jax.families import by_architecture
 from awq_jax.models import Decoder, config_from_hf, params_of
 from awq_jax.stdlib_text import Piece
@@ -325,7 +325,7 @@ def provenance(run: Run, record: dict[str, Any]) -> str:
     seen = (
         f"{record['steps']:,} steps of {run.batch} x {run.length} tokens, {record['tokens_seen'] / 1e6:,.0f} M in all"
     )
-    loss = f"{record['heldout_perplexity']:.3f} ± {record['heldout_perplexity_stderr']:.3f}"
+    loss = with_error(record["heldout_perplexity"], record["heldout_perplexity_stderr"], places=3)
     rows = {
         "text": f"the library of CPython {', '.join(origin['python'])}: {characters['train']:,} characters of "
         f"documentation, {characters['source']:,} of source",

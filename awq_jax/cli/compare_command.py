@@ -36,6 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--samples", type=int, default=128, metavar="N", help="calibration samples (%(default)s)")
     add("--seq-len", type=int, default=512, metavar="T", help="tokens of a sample (%(default)s)")
     add("--tokens", type=int, default=20_000, metavar="N", help="of the held-out text (%(default)s)")
+    add("--ctx", type=int, default=192, metavar="N", help="tokens of a window of it (%(default)s)")
     add_family(parser)
     add("--overwrite", action="store_true", help="replace OUT if awq-jax wrote it")
     add("--json", action="store_true", help="print the comparison as JSON on stdout")
@@ -64,6 +65,7 @@ def run(args: argparse.Namespace) -> int:
             samples=args.samples,
             seq_len=args.seq_len,
             tokens=args.tokens,
+            ctx=args.ctx,
             family=args.family,
             overwrite=args.overwrite,
             progress=status.update,

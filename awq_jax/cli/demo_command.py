@@ -38,6 +38,7 @@ def run(args: argparse.Namespace) -> int:
     from rich.table import Table
 
     from awq_jax.demo import run_demo
+    from awq_jax.evaluate import with_error
 
     with Console(stderr=True).status("importing jax") as status:
         rows = run_demo(
@@ -56,7 +57,7 @@ def run(args: argparse.Namespace) -> int:
             table.add_row(f"[bold]{r.model}[/]")
         table.add_row(
             f"  {r.method if r.method == 'dense' else f'INT4, {r.method}'}",
-            f"{r.perplexity:.2f} ± {r.perplexity_stderr:.2f}",
+            with_error(r.perplexity, r.perplexity_stderr),
             f"{r.kl:.4f}",
             f"{100 * r.top1:.1f} %",
             f"{r.nbytes / 1e6:.1f}",

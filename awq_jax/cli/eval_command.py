@@ -10,7 +10,6 @@ overlap, each seen on its own; every position but a window's first is predicted.
 import argparse
 import dataclasses
 import json
-import math
 import pathlib
 import sys
 
@@ -36,6 +35,7 @@ def run(args: argparse.Namespace) -> int:
     from rich.console import Console
     from rich.progress import Progress
 
+    from awq_jax.evaluate import with_error
     from awq_jax.run import evaluate_checkpoint
 
     console = Console(stderr=True, quiet=args.quiet)
@@ -52,13 +52,11 @@ def run(args: argparse.Namespace) -> int:
             progress=lambda done, total: bar.update(task, completed=done, total=total),
         )
     if args.json:
-        # A single window has no standard error, and JSON has no NaN.
-        spread = None if math.isnan(result.perplexity_stderr) else result.perplexity_stderr
         about = {"dir": str(args.dir), "text": str(args.text), "base": str(args.base) if args.base else None}
-        measured = {**dataclasses.asdict(result), "perplexity_stderr": spread, "ctx": args.ctx}
+        measured = {**dataclasses.asdict(result), "ctx": args.ctx}
         print(json.dumps({**about, **measured}, allow_nan=False))
         return 0
-    print(f"perplexity  {result.perplexity:.4f} +- {result.perplexity_stderr:.4f}")
+    print(f"perplexity  {with_error(result.perplexity, result.perplexity_stderr, places=4)}")
     if result.kl is not None and result.top1 is not None:
         print(f"KL to base  {result.kl:.6f} nats a token")
         print(f"same top-1  {100 * result.top1:.2f} %")

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
+from awq_jax.evaluate import with_error
 from awq_jax.pages.charts import Series, bars
 from awq_jax.pages.frame import document, key, table, tiles
 
@@ -35,7 +36,7 @@ def table_rows(rows: Sequence[Row]) -> list[tuple[str, ...]]:
             "" if dense else row["method"],
             "0" if dense else f"{row['kl']:.4f}",
             f"{row['kl'] / base:.2f}" if base else "–",
-            f"{row['perplexity']:.2f} ± {row['perplexity_stderr']:.2f}",
+            with_error(row["perplexity"], row["perplexity_stderr"]),
             f"{100 * row['top1']:.1f} %",
             f"{row['nbytes'] / 1e6:.1f}",
             "" if dense else f"{row['seconds']:.1f}",

@@ -90,7 +90,7 @@ def test_bfloat16_logits_are_summed_in_float32(models, windows):
 
 
 def test_a_single_window_has_no_standard_error(models, windows):
-    assert math.isnan(evaluate(apply, models[0], windows[:1]).perplexity_stderr)
+    assert evaluate(apply, models[0], windows[:1]).perplexity_stderr is None
 
 
 def test_progress_counts_windows(models, windows):

@@ -75,7 +75,7 @@ def test_eval_reports_perplexity_and_kl(quantized: Path, llama: Oracle, capsys: 
     assert main([*arguments, "--base", str(quantized), "--json", "--quiet"]) == 0
     assert abs(json.loads(capsys.readouterr().out)["kl"]) < 1e-6
     assert main([*arguments, "--quiet"]) == 0
-    assert re.match(r"perplexity +\d+\.\d+ \+- ", capsys.readouterr().out)
+    assert re.match(r"perplexity +\d+\.\d+ ± ", capsys.readouterr().out)
 
 
 def test_generate_continues_the_prompt(quantized: Path, capsys: pytest.CaptureFixture[str]):
