@@ -6,6 +6,7 @@ compiled as it will be, and asked what it holds.
 """
 
 import dataclasses
+import functools
 import pathlib
 import resource
 from collections.abc import Mapping, Sequence
@@ -18,9 +19,9 @@ from awq_jax._plan import GroupPlan, LayerPlan
 from awq_jax._spec import Recipe
 from awq_jax.budget import Question, choose
 from awq_jax.gram_memory import blocked, gram_bytes
+from awq_jax.hidden_states import refuse_whole
 from awq_jax.hosts import Hosts
-from awq_jax.layer_loop import MEASURED
-from awq_jax.layer_step import quantize_and_measure
+from awq_jax.layer_step import no_statistics, observe_chunk, quantize_and_measure, quantize_observed
 from awq_jax.prepare import (
     chunks_of,
     kernel_shapes,
@@ -32,6 +33,7 @@ from awq_jax.prepare import (
 )
 from awq_jax.resume import refuse_output
 from awq_jax.sharding import Layout
+from awq_jax.streams import MEASURED
 from awq_jax_convert.hf import HFCheckpoint
 from awq_jax_convert.hf_config import FamilyChoice
 from awq_jax_convert.sink import refuse_overlap
@@ -164,25 +166,37 @@ def _abstract_layer(checkpoint: HFCheckpoint, index: int) -> dict[str, Any]:
 
 
 def _step_bytes(
-    checkpoint: HFCheckpoint, index: int, plan: LayerPlan, chunks: tuple[int, int, int], layout: Layout
+    checkpoint: HFCheckpoint,
+    index: int,
+    plan: LayerPlan,
+    chunks: tuple[int, int, int],
+    layout: Layout,
+    in_chunks: bool,
 ) -> int:
-    """What the compiled step of a layer holds on one device."""
-    config = checkpoint.config
-    hidden = layout.hidden(jax.ShapeDtypeStruct((*chunks, config.hidden_size), jnp.float32))
-    mask = layout.activations(jax.ShapeDtypeStruct(chunks, jnp.bool_))
-    stream = hidden if plan.propagate else None
-    count, b, t = chunks
-    lowered = quantize_and_measure.lower(
-        layout.layer(_abstract_layer(checkpoint, index)),
-        hidden,
-        mask,
-        stream,
-        config=config.of_layer(index),
-        plan=plan,
-        measured=max(1, round(MEASURED / (b * t))),
-        tokens=count * b * t,
-        gathered=layout.gathered,
+    """What the compiled step of a layer, or the larger of its two, holds on one device."""
+    config, (count, b, t) = checkpoint.config, chunks
+    states = lambda n: layout.hidden(jax.ShapeDtypeStruct((n, b, t, config.hidden_size), jnp.float32))
+    mask = lambda n: layout.activations(jax.ShapeDtypeStruct((n, b, t), jnp.bool_))
+    params, tokens = layout.layer(_abstract_layer(checkpoint, index)), count * b * t
+    measured = min(count, max(1, round(MEASURED / (b * t))))
+    step: dict[str, Any] = {"config": config.of_layer(index), "plan": plan, "gathered": layout.gathered}
+    if not in_chunks:
+        stream = states(count) if plan.propagate else None
+        whole = quantize_and_measure.lower(
+            params, states(count), mask(count), stream, measured=measured, tokens=tokens, **step
+        )
+        return _held(whole)
+    shapes = functools.partial(no_statistics, config=step["config"], plan=plan, tokens=tokens)
+    total = jax.eval_shape(shapes, params, states(1), mask(1))
+    sample = states(measured)
+    ahead = 4 * b * t * config.hidden_size  # a chunk that is on its way
+    return max(
+        _held(observe_chunk.lower(params, total, states(1), mask(1), tokens=tokens, **step)) + ahead,
+        _held(quantize_observed.lower(params, total, sample, sample, mask(measured), **step)),
     )
+
+
+def _held(lowered: Any) -> int:
     memory: Any = lowered.compile().memory_analysis()
     held = memory.argument_size_in_bytes + memory.output_size_in_bytes + memory.temp_size_in_bytes
     return held - memory.alias_size_in_bytes
@@ -197,6 +211,7 @@ def dry_run(
     batch: int,
     keep: bool = True,
     mesh: Mapping[str, int] | None = None,
+    hidden_states: str = "device",
 ) -> DryRun:
     """Estimate a quantization.
 
@@ -208,6 +223,7 @@ def dry_run(
       batch: samples that go through a layer together.
       keep: finished layers are kept to resume from.
       mesh: devices to spread over; memory is then that of one.
+      hidden_states: where they wait between two layers.
 
     Raises:
       RuntimeError: the compiler can't make a step fit the device; it says what it needs.
@@ -227,10 +243,11 @@ def dry_run(
         flops = layer_flops(plan, kernels, tokens, min(tokens, MEASURED), seq_len)
         layers.append(LayerCost(index=index, bytes_before=before, bytes_after=after, flops=flops))
         float_bytes = max(float_bytes, 4 * sum(_size(shape) for shape in shapes.values()))
+    in_chunks = hidden_states != "device"
     steps = {(config.of_layer(index), plan): index for index, plan in enumerate(plans)}
     layout = Layout(mesh)
     layout.refuse_batch(batch)
-    device = max(_step_bytes(checkpoint, index, plan, chunks, layout) for (_, plan), index in steps.items())
+    device = max(_step_bytes(checkpoint, index, plan, chunks, layout, in_chunks) for (_, plan), index in steps.items())
     quantized = kernel_shapes(checkpoint, plans)
     saved = sum(layer.bytes_before - layer.bytes_after for layer in layers)
     after = checkpoint.nbytes - saved
@@ -246,9 +263,9 @@ def dry_run(
         layers=tuple(layers),
         bytes_before=checkpoint.nbytes,
         bytes_after=after,
-        disk_bytes=room_bytes(checkpoint, plans, tokens, keep),
-        device_bytes=max(device, looked_up + hidden),
-        host_bytes=process + beside,
+        disk_bytes=room_bytes(checkpoint, plans, tokens, keep, on_disk=hidden_states == "disk"),
+        device_bytes=max(device, looked_up + (hidden // chunks[0] if in_chunks else hidden)),
+        host_bytes=process + beside + (hidden if hidden_states == "host" else 0),
         gram_bytes=max(gram_bytes(plan, quantized) for plan in set(plans)),
         tokens=tokens,
         notes=blocked(plans, quantized),
@@ -271,11 +288,12 @@ def dry_run_directory(
     resume: str = "auto",
     mesh: Mapping[str, int] | None = None,
     budget: float | None = None,
+    hidden_states: str = "device",
 ) -> DryRun:
     """`dry_run` of a checkpoint directory; refuses what `quantize_checkpoint` would refuse before it reads a weight.
 
     Args:
-      src, recipe, format, serve_tp, family, resume, mesh: as for `quantize_checkpoint`.
+      src, recipe, format, serve_tp, family, resume, mesh, hidden_states: as for `quantize_checkpoint`.
       out: the output, whose name and place are checked; None is not. Whether the disk has ``disk_bytes`` free is left
         to `awq_jax.resume.refuse_output`, so that who has not enough still learns how much it takes.
       calib: calibration text, which then says how many samples there are; None counts with as many as asked for.
@@ -292,6 +310,7 @@ def dry_run_directory(
     """
     refuse_below_one(samples=samples, seq_len=seq_len, batch=batch)
     checkpoint, plans, recipe = open_planned(pathlib.Path(src), recipe, format, serve_tp, family)
+    refuse_whole(hidden_states, plans, budget, processes=1)
     asked = None if budget is None else Question.of(checkpoint, plans, recipe, format, budget)
     if out is not None:
         refuse_overlap(checkpoint.path, pathlib.Path(out))
@@ -312,7 +331,8 @@ def dry_run_directory(
         layout.refuse_batch(min(batch, samples))
         chosen = choose(asked, chunks_of(found, batch), layout=layout, hosts=Hosts())
         plans = chosen.applied(plans)
-    made = dry_run(checkpoint, plans, samples=samples, seq_len=seq_len, batch=batch, keep=keep, mesh=mesh)
+    sizes = {"samples": samples, "seq_len": seq_len, "batch": batch}
+    made = dry_run(checkpoint, plans, **sizes, keep=keep, mesh=mesh, hidden_states=hidden_states)
     return dataclasses.replace(made, budget=None if chosen is None else chosen.to_dict())
 
 

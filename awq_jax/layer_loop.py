@@ -6,13 +6,11 @@ import functools
 import json
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
 from awq_jax._plan import LayerPlan
@@ -20,22 +18,18 @@ from awq_jax._qtensor import QTensor
 from awq_jax._tree import leaves
 from awq_jax.behind import Behind
 from awq_jax.coverage import layer_report
+from awq_jax.hidden_states import OnDisk, OnHost
 from awq_jax.hosts import Hosts
-from awq_jax.layer_step import LayerOutcome, quantize_and_measure
-from awq_jax.models.config import DecoderConfig
-from awq_jax.models.functional import embed
+from awq_jax.layer_step import LayerOutcome
 from awq_jax.report import LayerReport
 from awq_jax.resume import Session
 from awq_jax.resume.layers import report_of
 from awq_jax.sharding import Layout
+from awq_jax.streams import InChunks, Streams, Whole, float32
 from awq_jax_convert.hf import HFCheckpoint
 from awq_jax_convert.sink import ModelWriter
 
-__all__ = ["MEASURED", "Clock", "Job", "Progress", "quantize_layers"]
-
-MEASURED = 4096  # tokens that a finished layer is measured again on, against round to nearest
-
-_POLL_S = 0.01
+__all__ = ["Clock", "Job", "Progress", "quantize_layers"]
 
 Progress = Callable[[LayerReport, int], None]
 
@@ -67,6 +61,7 @@ class Job:
     clock: Clock
     progress: Progress | None
     keep: bool  # finished layers, to resume from
+    waiting: OnHost | OnDisk | None = None  # where hidden states are between two layers, if not on the device
 
 
 def _read_ahead(checkpoint: HFCheckpoint, start: int) -> Iterator[Any]:
@@ -79,17 +74,6 @@ def _read_ahead(checkpoint: HFCheckpoint, start: int) -> Iterator[Any]:
             if index + 1 in wanted:
                 pending.append(reader.submit(checkpoint.layer, index + 1, None))
             yield layer
-
-
-@jax.jit
-def _float32(params: Any) -> Any:
-    """Weights cross to the device as they are stored, and grow there."""
-    return jax.tree.map(lambda array: array.astype(jnp.float32), params)
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _embedded(config: DecoderConfig, stem: Any, tokens: jax.Array) -> jax.Array:
-    return embed(config, _float32(stem), tokens)
 
 
 def _refuse_unusable(index: int, params: Any, outcome: LayerOutcome) -> None:
@@ -134,73 +118,50 @@ def _write(job: Job, writer: ModelWriter | None, session: Session, report: Layer
         session.add(report, params)
 
 
-def _commit(job: Job, behind: Behind, session: Session, streams: Mapping[str, Any]) -> None:
+def _commit(job: Job, behind: Behind, session: Session, streams: Streams) -> None:
     """Keep the layers that were written, and what the next one starts from."""
     with job.clock.phase("keep for resuming"):
         behind.wait()
         if session.pending or job.hosts.count > 1:
-            session.commit({name: job.layout.fetch_chunks(array) for name, array in streams.items()})
+            session.commit(streams.state())
 
 
-def _awaited(outcome: LayerOutcome) -> LayerOutcome:
-    """What the device made, waited for in Python, where signals are heard."""
-    while not all(array.is_ready() for array in jax.tree.leaves(outcome)):
-        time.sleep(_POLL_S)
-    return outcome
+def _streams(job: Job, batches: tuple[np.ndarray, np.ndarray]) -> Streams:
+    config, layout = job.checkpoint.config, job.layout
+    if job.waiting is not None:
+        return InChunks(job.waiting, batches, config, layout)
+    return Whole(batches, config, layout, propagate=job.plans[0].propagate)
 
 
 def quantize_layers(
     job: Job, batches: tuple[np.ndarray, np.ndarray], writer: ModelWriter | None, session: Session, resumed: int
 ) -> Iterator[LayerReport]:
     """Write the layers that are finished, quantize and write the others, one after the other."""
-    checkpoint, layout, clock = job.checkpoint, job.layout, job.clock
-    config, (tokens, mask) = checkpoint.config, map(layout.activations, batches)
+    checkpoint, clock, streams = job.checkpoint, job.clock, _streams(job, batches)
     with clock.phase("read and write"):
         stem = checkpoint.stem(None)
         if writer:
             writer.write_stem(stem)
         yield from _finished(job, writer, session, resumed)
         kept = session.state() if session.finished else {}
-    propagate, shape = job.plans[0].propagate, (*batches[0].shape, config.hidden_size)
     if resumed:
-        hidden = layout.from_first(kept.get("hidden"), shape)
-        stream = layout.from_first(kept.get("stream"), shape) if propagate else None
+        streams.resume(kept)
     else:
-        hidden = layout.hidden(_embedded(config, layout.whole({"embed": stem["embed"]}), tokens))
-        stream = jnp.copy(hidden) if propagate else None  # the two part at the first quantized layer
+        streams.begin(stem)
     del stem, kept
-    measured = max(1, round(MEASURED / batches[0][0].size))
-    counted = int(batches[1].sum())
     with Behind() as behind:
         for index, params in enumerate(_read_ahead(checkpoint, resumed), resumed):
             plan = job.plans[index]
             job.hosts.meet(f"layer {index}")
             with clock.phase("quantize"):
-                params = _float32(layout.layer(params))
-                at = config.of_layer(index)
-                outcome = _awaited(
-                    quantize_and_measure(
-                        params,
-                        hidden,
-                        mask,
-                        stream,
-                        config=at,
-                        plan=plan,
-                        measured=measured,
-                        tokens=counted,
-                        gathered=layout.gathered,
-                    )
-                )
-                hidden = layout.hidden(outcome.hidden)
-                stream = None if outcome.stream is None else layout.hidden(outcome.stream)
-                outcome = layout.fetch(dataclasses.replace(outcome, hidden=None, stream=None))
+                params = float32(job.layout.layer(params))
+                outcome = streams.through(params, checkpoint.config.of_layer(index), plan)
             _refuse_unusable(index, outcome.layer.params, outcome)
             report = layer_report(index, plan, outcome)
             with clock.phase("read and write"):
                 behind.do(functools.partial(_write, job, writer, session, report, outcome.layer.params))
                 if job.hosts.count > 1:
                     behind.wait()  # processes that write together do it in the same order
-            streams = {"hidden": hidden} | ({} if stream is None else {"stream": stream})
             if job.keep and job.hosts.share(f"keep {index}", str(session.due)) == "True":  # all fetch, or none
                 _commit(job, behind, session, streams)
             try:

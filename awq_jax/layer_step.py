@@ -20,14 +20,22 @@ from awq_jax._pytree import pytree
 from awq_jax._qtensor import dequantize_tree
 from awq_jax._quantize import QuantizedLayer, quantize_layer, round_layer
 from awq_jax._spec import RefineSpec
-from awq_jax._stats import ActStats, calibrate, observe
+from awq_jax._stats import ActStats, calibrate, merge, observe
 from awq_jax._tree import get, put
 from awq_jax.models.config import DecoderConfig
 from awq_jax.models.functional import block, part
 from awq_jax.propagate import reobserver
 from awq_jax.refine import Batch, refine
 
-__all__ = ["LayerOutcome", "block_loss", "observer", "quantize_and_measure"]
+__all__ = [
+    "LayerOutcome",
+    "block_loss",
+    "no_statistics",
+    "observe_chunk",
+    "observer",
+    "quantize_and_measure",
+    "quantize_observed",
+]
 
 Params = Any
 
@@ -150,7 +158,7 @@ def _relative_errors(
 
 
 def _refined(
-    config: DecoderConfig, searched: QuantizedLayer, batches: Batch, how: RefineSpec, measured: int
+    config: DecoderConfig, searched: QuantizedLayer, *, batches: Batch, how: RefineSpec, measured: int
 ) -> QuantizedLayer:
     """Codes and scales trained on the layer's output; the chunks that the layer is measured on are held back."""
 
@@ -211,13 +219,34 @@ def quantize_and_measure(
         hidden, kept = jax.lax.optimization_barrier((hidden, hidden[:measured]))
         stats, outputs = calibrate(observer(config, plan, tokens), whole, (hidden, mask), has_aux=True, in_place=True)
         hidden, stream, reobserve = kept, kept, None
-    sample = jax.tree.map(lambda a: a[:measured].reshape(-1, *a.shape[2:]), (hidden, stream, outputs, mask))
+    sample = jax.tree.map(lambda a: a[:measured], (hidden, stream, outputs, mask))
+    refined = None
+    if plan.refine is not None:
+        refined = partial(_refined, config, batches=(stream, outputs, mask), how=plan.refine, measured=measured)
+    outcome = _chosen(params, stats, sample, config, plan, gathered, reobserve, refined)
+    after = forward(dequantize_tree(gathered(outcome.layer.params)), stream) if plan.propagate else None
+    return dataclasses.replace(outcome, hidden=outputs, stream=after)
+
+
+def _chosen(
+    params: Params,
+    stats: dict[str, ActStats],
+    sample: tuple[Array, Array, Array, Array],
+    config: DecoderConfig,
+    plan: LayerPlan,
+    gathered: Callable[[Params], Params],
+    reobserve: Any = None,
+    refined: Callable[[QuantizedLayer], QuantizedLayer] | None = None,
+) -> LayerOutcome:
+    """Search on statistics, and on a sample (hidden, stream, outputs, mask) choose between the result and rounding."""
+    sample = jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), sample)
     _, inputs, _, keep = sample
+    whole = gathered(params)
     loss = block_loss(config, whole, inputs, keep, plan) if plan.search.objective == "block" else lambda group: None
     samples = _samples(config, whole, inputs, keep, plan)
     searched = quantize_layer(params, stats, plan, loss, reobserve, samples)
-    if plan.refine is not None:
-        searched = _refined(config, searched, (stream, outputs, mask), plan.refine, measured)
+    if refined is not None:
+        searched = refined(searched)
     rounded = round_layer(params, plan, stats)
     error, rtn_error = _relative_errors(config, [gathered(searched.params), gathered(rounded)], *sample)
     helped = error <= rtn_error  # False where the error is NaN
@@ -225,11 +254,63 @@ def quantize_and_measure(
     finite = {tap: jnp.isfinite(s.abs_sum).all() & jnp.isfinite(s.gram).all() for tap, s in stats.items()}
     return LayerOutcome(
         layer=dataclasses.replace(searched, params=chosen, wanted=None),
-        hidden=outputs,
-        stream=forward(dequantize_tree(gathered(chosen)), stream) if plan.propagate else None,
+        hidden=None,
+        stream=None,
         error=error,
         rtn_error=rtn_error,
         finite=finite,
         tokens={tap: s.count for tap, s in stats.items()},
         magnitudes=_magnitudes(params, stats, plan, searched.results),
     )
+
+
+def no_statistics(
+    params: Params, hidden: Array, mask: Array, config: DecoderConfig, plan: LayerPlan, tokens: int
+) -> Any:
+    """What `observe_chunk` adds to at first: zeros.
+
+    Args:
+      params, config, plan, tokens: as for `quantize_and_measure`.
+      hidden, mask: one chunk ``[1, b, t, …]``, or shapes of one.
+    """
+    observed = observer(config, plan, tokens)
+    seen, _ = jax.eval_shape(lambda tree, h, keep: observed(tree, (h[0], keep[0])), params, hidden, mask)
+    return jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), seen)
+
+
+@partial(jax.jit, static_argnames=("config", "plan", "tokens", "gathered"), donate_argnames=("total", "hidden"))
+def observe_chunk(
+    params: Params,
+    total: dict[str, ActStats],
+    hidden: Array,
+    mask: Array,
+    *,
+    config: DecoderConfig,
+    plan: LayerPlan,
+    tokens: int,
+    gathered: Callable[[Params], Params] | None = None,
+) -> tuple[dict[str, ActStats], Array]:
+    """Send one chunk ``[1, b, t, d]`` through a layer: statistics with its own added, and what comes out.
+
+    Chunk after chunk, then `quantize_observed`: that is `quantize_and_measure` where hidden states wait elsewhere.
+    """
+    params = params if gathered is None else gathered(params)
+    observed = observer(config, plan, tokens)
+    seen, outputs = calibrate(observed, params, (hidden, mask), has_aux=True, in_place=True)
+    return {tap: merge(total[tap], seen[tap]) for tap in total}, outputs
+
+
+@partial(jax.jit, static_argnames=("config", "plan", "gathered"))
+def quantize_observed(
+    params: Params,
+    stats: dict[str, ActStats],
+    hidden: Array,
+    outputs: Array,
+    mask: Array,
+    *,
+    config: DecoderConfig,
+    plan: LayerPlan,
+    gathered: Callable[[Params], Params] | None = None,
+) -> LayerOutcome:
+    """Quantize one layer on statistics of all chunks; the first ones, in and out, are what it is measured on."""
+    return _chosen(params, stats, (hidden, hidden, outputs, mask), config, plan, gathered or (lambda tree: tree))

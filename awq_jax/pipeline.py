@@ -2,6 +2,7 @@
 """A checkpoint directory in, a quantized one out, one layer in memory at a time."""
 
 import dataclasses
+import os
 import pathlib
 import resource
 from collections.abc import Mapping
@@ -14,6 +15,7 @@ from awq_jax._spec import Recipe
 from awq_jax.budget import Chosen, Measuring, Question, choose, kept_beside
 from awq_jax.calibration import Samples, check_vocabulary
 from awq_jax.gram_memory import blocked
+from awq_jax.hidden_states import refuse_whole, waiting
 from awq_jax.hosts import together
 from awq_jax.layer_loop import Clock, Job, Progress, quantize_layers
 from awq_jax.model_card import model_card
@@ -56,6 +58,7 @@ def quantize_checkpoint(
     mesh: Mapping[str, int] | None = None,
     serve_tp: int = 1,
     family: FamilyChoice = None,
+    hidden_states: str = "device",
     host_timeout: float = 600.0,
     progress: Progress | None = None,
     measuring: Measuring = lambda done, layers: None,
@@ -88,6 +91,9 @@ def quantize_checkpoint(
       mesh: devices to spread over, for example ``{"data": 2, "model": 4}``; see `awq_jax.sharding.Layout`.
       serve_tp: refuse groups that so many serving devices would cut in two.
       family: a table, the name of one or its TOML file, instead of the one that serves config.json's architecture.
+      hidden_states: where those of the calibration set wait between two layers: on the "device", or on the "host" or
+        "disk", from where they pass through a layer batch by batch, so that the device's memory does not depend on how
+        many there are.
       host_timeout: seconds that a process may keep the others waiting between two layers.
       progress: called with each `LayerReport` and the number of layers.
       measuring: called with (layers done, layers) while widths are tried.
@@ -106,6 +112,7 @@ def quantize_checkpoint(
         with clock.phase("open"):
             checkpoint, plans, recipe = open_planned(pathlib.Path(src), recipe, format, serve_tp, family)
             refuse_overlap(checkpoint.path, pathlib.Path(out))
+            refuse_whole(hidden_states, plans, budget, hosts.count)
             asked = None if budget is None else Question.of(checkpoint, plans, recipe, format, budget)
         with clock.phase("calibration text"):
             if not isinstance(calib, Samples):
@@ -119,13 +126,15 @@ def quantize_checkpoint(
             decided |= {} if checkpoint.hf.table is None else {"table": checkpoint.hf.table}
             measured = fingerprint(checkpoint.path, calib, decided, str(layout), whole=resume != "never")
             inputs = {**measured, "budget": "none" if budget is None else f"{budget!r} bits"}
+            inputs["hidden states"] = "whole" if hidden_states == "device" else "in chunks"  # which sum in other orders
             hosts.agree({**inputs, "resume": resume})
         batches, chosen = chunks_of(calib, batch), None
         with ExitStack() as opened:
             session, writer = Session(None, inputs), None
             if hosts.first:
                 least = plans if asked is None else asked.version(asked.widths[0])
-                room = room_bytes(checkpoint, least, batches[0].size, resume != "never")
+                on_disk = hidden_states == "disk"
+                room = room_bytes(checkpoint, least, batches[0].size, resume != "never", on_disk=on_disk)
                 unfinished = resuming(out, resume, inputs, overwrite=overwrite, expected_bytes=room)
                 session = opened.enter_context(unfinished)
             if asked is not None:
@@ -144,7 +153,9 @@ def quantize_checkpoint(
             opened.enter_context(hosts.explained())  # innermost: what another process breaks is not this one's input
             resumed = int(hosts.share("finished", str(session.finished)))
             alone = writer.share(hosts) if writer and hosts.count > 1 else ""
-            job = Job(checkpoint, plans, layout, hosts, clock, progress, keep=resume != "never")
+            states = (*batches[0].shape, checkpoint.config.hidden_size)
+            waits = opened.enter_context(waiting(hidden_states, states, pathlib.Path(os.path.abspath(out)).parent))
+            job = Job(checkpoint, plans, layout, hosts, clock, progress, keep=resume != "never", waiting=waits)
             layers = tuple(quantize_layers(job, batches, writer, session, resumed))
             written = writer.nbytes if writer and hosts.first else expected
             report = _report(job, layers, recipe, calib, inputs, resumed, written, alone, chosen)

@@ -161,7 +161,9 @@ def expected_bytes(checkpoint: HFCheckpoint, plans: tuple[LayerPlan, ...]) -> in
     return total
 
 
-def room_bytes(checkpoint: HFCheckpoint, plans: Sequence[LayerPlan], tokens: int, keep: bool) -> int:
+def room_bytes(
+    checkpoint: HFCheckpoint, plans: Sequence[LayerPlan], tokens: int, keep: bool, *, on_disk: bool = False
+) -> int:
     """Free space that a run needs: the output and, where layers are kept to resume from, these and three states.
 
     Args:
@@ -169,11 +171,12 @@ def room_bytes(checkpoint: HFCheckpoint, plans: Sequence[LayerPlan], tokens: int
       plans: of its layers.
       tokens: of calibration, padding included.
       keep: finished layers are kept.
+      on_disk: hidden states wait on the disk.
     """
     expected = expected_bytes(checkpoint, tuple(plans))
     streams = 2 if any(plan.propagate for plan in plans) else 1
     state = 4 * tokens * checkpoint.config.hidden_size * streams
-    return expected + (expected + 3 * state if keep else 0)
+    return expected + (expected + 3 * state if keep else 0) + (state if on_disk else 0)
 
 
 def chunks_of(samples: Samples, batch: int) -> tuple[np.ndarray, np.ndarray]:

@@ -9,6 +9,7 @@ cores, which other work on the machine changes little.
 
 import argparse
 import contextlib
+import itertools
 import json
 import os
 import pathlib
@@ -58,18 +59,19 @@ def make_checkpoint(out: pathlib.Path, layers: int, hidden: int = HIDDEN, inner:
     return total
 
 
-def quantize(src: pathlib.Path, out: pathlib.Path) -> dict[str, Any]:
+def quantize(src: pathlib.Path, out: pathlib.Path, samples: int = 16, *options: str) -> dict[str, Any]:
     """Quantize in a process of its own; its report."""
     calib = src.with_suffix(".jsonl")
     rng = np.random.default_rng(1)
-    lines = [json.dumps({"input_ids": rng.integers(0, VOCAB, 128).tolist()}) for _ in range(16)]
+    lines = [json.dumps({"input_ids": rng.integers(0, VOCAB, 128).tolist()}) for _ in range(samples)]
     calib.write_text("\n".join(lines), encoding="utf-8")
-    return _cli("quantize", str(src), str(out), "--calib", str(calib), "--quiet")
+    return _cli("quantize", str(src), str(out), "--calib", str(calib), "--samples", str(samples), "--quiet", *options)
 
 
-def predict(src: pathlib.Path) -> dict[str, Any]:
+def predict(src: pathlib.Path, samples: int = 16, *options: str) -> dict[str, Any]:
     """What the dry run says of `quantize`."""
-    return _cli("quantize", str(src), "unused", "--samples", "16", "--seq-len", "128", "--dry-run")
+    sizes = ["--samples", str(samples), "--seq-len", "128"]
+    return _cli("quantize", str(src), "unused", *sizes, "--dry-run", *options)
 
 
 def _cli(*arguments: str) -> dict[str, Any]:
@@ -118,18 +120,23 @@ class Watched:
             self.peak = max(self.peak, found)
 
 
-def measure(layers: int, hidden: int = HIDDEN, inner: int = INNER) -> dict[str, Any]:
+def measure(
+    layers: int, hidden: int = HIDDEN, inner: int = INNER, samples: int = 16, where: str = "device"
+) -> dict[str, Any]:
     """Peak memory, seconds and bytes of one depth, and the memory that was foretold."""
     with tempfile.TemporaryDirectory() as folder:
         home = pathlib.Path(folder)
         size = make_checkpoint(home / "src", layers, hidden, inner)
-        said = predict(home / "src")
+        options = ("--hidden-states", where)
+        said = predict(home / "src", samples, *options)
         begun = _children_s()
         with Watched(home, home / "src") as disk:
-            report = quantize(home / "src", home / "out")
+            report = quantize(home / "src", home / "out", samples, *options)
         used = _children_s() - begun
     return {
         "layers": layers,
+        "samples": samples,
+        "hidden_states": where,
         "bytes": size,
         "bytes_per_layer": size // layers,
         "peak_memory_bytes": report["peak_memory_bytes"],
@@ -147,12 +154,14 @@ def main() -> None:
     p.add_argument("--layers", type=int, nargs="+", default=[4, 16])
     p.add_argument("--hidden", type=int, default=HIDDEN)
     p.add_argument("--inner", type=int, default=INNER)
+    p.add_argument("--samples", type=int, default=16, help="of 128 tokens")
+    p.add_argument("--hidden-states", nargs="+", default=["device"], help="device, host, disk; each is measured")
     p.add_argument("--json", type=pathlib.Path, help="also write the figures there")
     p.add_argument("--svg", type=pathlib.Path, help="also draw them there")
     args = p.parse_args()
     rows = []
-    for layers in args.layers:
-        rows.append(measure(layers, args.hidden, args.inner))
+    for layers, where in itertools.product(args.layers, args.hidden_states):
+        rows.append(measure(layers, args.hidden, args.inner, args.samples, where))
         print(json.dumps(rows[-1]), flush=True)
         if args.json:
             args.json.write_text(json.dumps(rows, indent=1) + "\n")

@@ -96,9 +96,9 @@ def _child(case: str) -> dict[str, Any]:
     from awq_jax.dry_run import layer_flops
     from awq_jax.families import FAMILIES
     from awq_jax.gram_memory import gram_bytes, limit_of
-    from awq_jax.layer_loop import MEASURED
     from awq_jax.layer_step import quantize_and_measure
     from awq_jax.sharding import Layout, parse_mesh
+    from awq_jax.streams import MEASURED
 
     shape, chip, mesh = case.split(":")
     topology, bounds, gib = SLICES[chip]

@@ -137,6 +137,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="auto: go on from a run that was killed, if its inputs were the same; never: discard it and keep nothing "
         "(%(default)s)",
     )
+    add(
+        "--hidden-states",
+        choices=("device", "host", "disk"),
+        default="device",
+        help="where those of the calibration set wait between two layers; from host or disk they pass through a layer "
+        "batch by batch, and the device's memory does not depend on --samples (%(default)s)",
+    )
     add("--mesh", metavar="AXIS=N,…", help="spread over devices: data=2,model=4 (also fsdp)")
     add("--serve-tp", type=int, default=1, metavar="N", help="refuse groups that N serving devices would cut in two")
     add("--dry-run", action="store_true", help="print what would be written and what it would cost; write nothing")
@@ -302,6 +309,7 @@ def _dry_run(args: argparse.Namespace, recipe: "Recipe", fmt: str, about: dict[s
         resume=args.resume,
         mesh=parse_mesh(args.mesh) if args.mesh else None,
         budget=args.budget,
+        hidden_states=args.hidden_states,
     )
     show(found, about, as_json=args.json)
     refuse_output(args.out, args.resume, overwrite=args.overwrite, expected_bytes=found.disk_bytes)
@@ -373,6 +381,7 @@ def run(args: argparse.Namespace) -> int:
             mesh=mesh,
             serve_tp=args.serve_tp,
             family=args.family,
+            hidden_states=args.hidden_states,
             host_timeout=args.host_timeout,
             progress=advance,
             measuring=tried,
