@@ -3,6 +3,8 @@
 
 A linear ``[k, n]`` is ``weight`` int8 ``[n, k]``, ``weight_scale`` ``[n, k/g]`` and, where activations have one static
 scale, ``input_scale`` ``[1]``. Codes are symmetric around 0: our bytes, transposed.
+Steps of dynamic activations are in no file: they are ``max|x| / 127`` in vLLM and here, ``max|x| / 127.5`` in
+compressed-tensors' own code (docs/formats.md, "Steps by token").
 (Format: compressed-tensors 0.19.0, ``compressors/naive_quantized``.)
 """
 

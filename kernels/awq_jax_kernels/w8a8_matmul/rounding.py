@@ -7,7 +7,10 @@ from jaxtyping import Array, Float, Int8
 __all__ = ["TOP", "fake_round", "round_rows"]
 
 TOP = 127
-"""The code of the largest magnitude, as in Xiao et al. 2022; -128 is reached by clipping alone."""
+"""The code of the largest magnitude, as in Xiao et al. 2022; -128 is reached by clipping alone.
+
+Half of the range, 127.5, would put the largest magnitude of every token at a tie, for the last bit to decide.
+"""
 
 
 def round_rows(
