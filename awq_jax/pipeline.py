@@ -37,6 +37,7 @@ from awq_jax.sharding import Layout
 from awq_jax_convert.formats import open_follower, open_writer
 from awq_jax_convert.hf import HFCheckpoint
 from awq_jax_convert.hf_config import FamilyChoice
+from awq_jax_convert.readers import unread
 from awq_jax_convert.sink import ModelWriter, refuse_overlap
 
 __all__ = ["quantize_checkpoint"]
@@ -158,7 +159,8 @@ def quantize_checkpoint(
             job = Job(checkpoint, plans, layout, hosts, clock, progress, keep=resume != "never", waiting=waits)
             layers = tuple(quantize_layers(job, batches, writer, session, resumed))
             written = writer.nbytes if writer and hosts.first else expected
-            report = _report(job, layers, recipe, calib, inputs, resumed, written, alone, chosen)
+            said = (*filter(None, (alone,)), *unread(format, checkpoint.family.name))
+            report = _report(job, layers, recipe, calib, inputs, resumed, written, said, chosen)
             if writer and hosts.first:
                 writer.write_text("awq_jax_report.json", report.to_json())
                 writer.write_text("awq_jax_report.csv", report.to_csv())
@@ -200,7 +202,7 @@ def _report(
     inputs: Mapping[str, str],
     resumed: int,
     written: int,
-    alone: str,
+    said: tuple[str, ...],
     chosen: Chosen | None,
 ) -> Report:
     """Of a run whose layers are all there."""
@@ -221,7 +223,7 @@ def _report(
         peak_memory_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         bytes_before=job.checkpoint.nbytes,
         bytes_after=written,
-        warnings=(*calib.notes, *blocked(job.plans, kernel_shapes(job.checkpoint, job.plans)), *filter(None, (alone,))),
+        warnings=(*calib.notes, *blocked(job.plans, kernel_shapes(job.checkpoint, job.plans)), *said),
         inputs=dict(inputs),
         resumed_layers=resumed,
         budget=None if chosen is None else chosen.to_dict(),

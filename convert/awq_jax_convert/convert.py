@@ -19,6 +19,7 @@ from awq_jax._tree import leaves
 from awq_jax_convert.fit import refuse_unwritable
 from awq_jax_convert.formats import FORMATS, open_checkpoint, open_writer, refuse_misfit
 from awq_jax_convert.hf_config import FamilyChoice
+from awq_jax_convert.readers import unread
 from awq_jax_convert.scheme import Scheme
 from awq_jax_convert.sink import narrowed, refuse_overlap
 from awq_jax_convert.source import Checkpoint
@@ -229,5 +230,5 @@ def convert_checkpoint(
         bytes_before=checkpoint.nbytes,
         bytes_after=writer.nbytes,
         seconds=time.perf_counter() - begun,
-        warnings=_warnings(checkpoint, to, kind, scales, schemes),
+        warnings=(*_warnings(checkpoint, to, kind, scales, schemes), *unread(to, checkpoint.family.name)),
     )

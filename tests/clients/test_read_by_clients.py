@@ -15,6 +15,7 @@ import torch
 import transformers
 
 from awq_jax.cli import main
+from awq_jax_convert.readers import unread
 from tests.e2e.conftest import save_text_tools
 from tests.e2e.test_families import ROWS, widened
 from tests.fixtures.tiny import with_float32_products
@@ -24,7 +25,6 @@ from tests.tiny_models import save_oracle, some_tokens
 pytestmark = [pytest.mark.clients, pytest.mark.filterwarnings("ignore")]
 
 EXPERTS = ("mixtral", "qwen2_moe", "qwen3_moe")  # stacked in transformers, whose AWQ loader replaces Linear alone
-SCALED = ("bloom", "falcon", "falcon-new", "gpt_neox")  # its AWQ loader puts factors behind their activations
 CONV1D = ("gpt2",)  # not Linear
 OWN_LINEAR = ("falcon", "falcon-new")  # FalconLinear reads .weight itself, which a compressed module lacks
 OTHER_NAMES = ("phi3", "mixtral", "gpt_neox")  # GPTQModel.load looks for other tensors than the Hub's, without a word
@@ -82,7 +82,7 @@ def gptqmodel(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
 
 @every_family
 def test_autoawq_in_transformers(row: Tiny, gptqmodel: Any, tmp_path: Path):
-    if row.family in (*EXPERTS, *SCALED, *CONV1D):
+    if unread("autoawq", row.family):
         pytest.skip("transformers can't load this family's AWQ files of anyone; docs/formats.md has what it says")
     path, ours = written(row, tmp_path)
     backend: Any = "torch_awq"  # the kernel that is not compiled when it is first used

@@ -14,6 +14,7 @@ import transformers
 from awq_jax.cli import main
 from awq_jax.families import FAMILIES
 from awq_jax_convert.hf import HFCheckpoint
+from awq_jax_convert.readers import unread
 from tests.e2e.conftest import save_text_tools
 from tests.models.families import TINY, Tiny
 from tests.tiny_models import Oracle, logits_of, save_oracle, some_tokens
@@ -52,6 +53,8 @@ def test_quantized_read_back_and_read_by_transformers(row: Tiny, tmp_path: Path)
     assert main(["quantize", str(source.path), str(tmp_path / "out"), "--group-size", "16", "--quiet", *text]) == 0
     assert main(["convert", str(tmp_path / "out"), str(tmp_path / "dense"), "--to", "dense", "--quiet"]) == 0
 
+    said = json.loads((tmp_path / "out" / "awq_jax_report.json").read_text())["warnings"]
+    assert set(unread("autoawq", row.family)) == {line for line in said if "transformers" in line}
     written = HFCheckpoint.open(tmp_path / "out")
     assert (written.format, written.family.name) == ("autoawq", row.family)
     dense = transformers.AutoModelForCausalLM.from_pretrained(
