@@ -57,7 +57,15 @@ def from_stream(ids: Sequence[int], *, samples: int, seq_len: int, source: str) 
     used = min(samples, available)
     tokens = np.asarray(ids[: used * seq_len], np.int32).reshape(used, seq_len)
     notes = () if used == samples else (f"{source} holds {used} samples of {seq_len} tokens, not {samples}",)
+    notes += _copies(tokens.tolist(), source)
     return Samples(tokens=tokens, mask=np.ones(tokens.shape, bool), source=source, notes=notes)
+
+
+def _copies(rows: Iterable[Sequence[int]], source: str) -> tuple[str, ...]:
+    """A note where samples are the same as others: they add nothing to what is measured."""
+    every = [tuple(row) for row in rows]
+    copies = len(every) - len(set(every))
+    return (f"{copies} of the {len(every)} samples of {source} are copies of others",) if copies else ()
 
 
 def from_documents(documents: Iterable[Sequence[int]], *, samples: int, seq_len: int, source: str) -> Samples:
@@ -78,7 +86,7 @@ def from_documents(documents: Iterable[Sequence[int]], *, samples: int, seq_len:
         tokens[row, : len(ids)], mask[row, : len(ids)] = ids, True
     notes = [f"{cut} of {len(kept)} documents were cut at {seq_len} tokens"] if cut else []
     notes += [f"{source} holds {len(kept)} documents, not {samples}"] if len(kept) < samples else []
-    return Samples(tokens=tokens, mask=mask, source=source, notes=tuple(notes))
+    return Samples(tokens=tokens, mask=mask, source=source, notes=(*notes, *_copies(kept, source)))
 
 
 def _jsonl_documents(path: pathlib.Path, encode: Encode | None) -> Iterable[list[int]]:

@@ -61,6 +61,7 @@ class Job:
     clock: Clock
     progress: Progress | None
     keep: bool  # finished layers, to resume from
+    strict: bool = False  # activations that are not finite are an error
     waiting: OnHost | OnDisk | None = None  # where hidden states are between two layers, if not on the device
 
 
@@ -76,8 +77,13 @@ def _read_ahead(checkpoint: HFCheckpoint, start: int) -> Iterator[Any]:
             yield layer
 
 
-def _refuse_unusable(index: int, params: Any, outcome: LayerOutcome) -> None:
+def _refuse_unusable(index: int, params: Any, outcome: LayerOutcome, *, strict: bool) -> None:
     """Stop at what would be silently wrong: taps that saw nothing, scales outside their dtype's range."""
+    if strict and (taps := [tap for tap, finite in outcome.finite.items() if not np.all(finite)]):
+        raise ValueError(
+            f"activations at layers/{index}/{', '.join(taps)} are not finite; what reads them would be rounded to "
+            "nearest. Look at the weights before them and at the calibration text, or leave out --strict."
+        )
     for tap, tokens in outcome.tokens.items():
         if not np.sum(tokens):
             raise ValueError(f"zero tokens were seen at layers/{index}/{tap}; nothing was measured there.")
@@ -156,7 +162,7 @@ def quantize_layers(
             with clock.phase("quantize"):
                 params = float32(job.layout.layer(params))
                 outcome = streams.through(params, checkpoint.config.of_layer(index), plan)
-            _refuse_unusable(index, outcome.layer.params, outcome)
+            _refuse_unusable(index, outcome.layer.params, outcome, strict=job.strict)
             report = layer_report(index, plan, outcome)
             with clock.phase("read and write"):
                 behind.do(functools.partial(_write, job, writer, session, report, outcome.layer.params))

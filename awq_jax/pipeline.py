@@ -60,6 +60,7 @@ def quantize_checkpoint(
     serve_tp: int = 1,
     family: FamilyChoice = None,
     hidden_states: str = "device",
+    strict: bool = False,
     host_timeout: float = 600.0,
     progress: Progress | None = None,
     measuring: Measuring = lambda done, layers: None,
@@ -95,6 +96,8 @@ def quantize_checkpoint(
       hidden_states: where those of the calibration set wait between two layers: on the "device", or on the "host" or
         "disk", from where they pass through a layer batch by batch, so that the device's memory does not depend on how
         many there are.
+      strict: activations that are not finite are an error; otherwise the weights that read them are rounded to nearest
+        and named in the report.
       host_timeout: seconds that a process may keep the others waiting between two layers.
       progress: called with each `LayerReport` and the number of layers.
       measuring: called with (layers done, layers) while widths are tried.
@@ -156,7 +159,8 @@ def quantize_checkpoint(
             alone = writer.share(hosts) if writer and hosts.count > 1 else ""
             states = (*batches[0].shape, checkpoint.config.hidden_size)
             waits = opened.enter_context(waiting(hidden_states, states, pathlib.Path(os.path.abspath(out)).parent))
-            job = Job(checkpoint, plans, layout, hosts, clock, progress, keep=resume != "never", waiting=waits)
+            keep = resume != "never"
+            job = Job(checkpoint, plans, layout, hosts, clock, progress, keep=keep, strict=strict, waiting=waits)
             layers = tuple(quantize_layers(job, batches, writer, session, resumed))
             written = writer.nbytes if writer and hosts.first else expected
             said = (*filter(None, (alone,)), *unread(format, checkpoint.family.name))

@@ -129,6 +129,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="auto: autoawq for --bits 4, compressed-tensors for int8 activations, else native",
     )
     add_family(parser)
+    add(
+        "--strict",
+        action="store_true",
+        help="stop where activations are not finite; without it the weights that read them are rounded to nearest and "
+        "the report says so",
+    )
     add("--overwrite", action="store_true", help="replace OUT if it exists")
     add(
         "--resume",
@@ -382,6 +388,7 @@ def run(args: argparse.Namespace) -> int:
             serve_tp=args.serve_tp,
             family=args.family,
             hidden_states=args.hidden_states,
+            strict=args.strict,
             host_timeout=args.host_timeout,
             progress=advance,
             measuring=tried,

@@ -46,6 +46,16 @@ def test_no_more_documents_are_read_than_are_used(tmp_path: Path):
     assert found.tokens.shape == (2, 3) and found.count == 6 and found.notes == ()
 
 
+def test_samples_that_are_copies_are_counted(tmp_path: Path):
+    lines = [{"input_ids": ids} for ids in ([1, 2], [3], [1, 2], [3, 0], [1, 2])]
+    found = read_calibration(written(tmp_path, *lines), None, samples=5, seq_len=4)
+    assert found.notes == ("2 of the 5 samples of x.jsonl are copies of others",)
+    text = tmp_path / "same.txt"
+    text.write_text("abcd" * 8)
+    found = read_calibration(text, letters, samples=8, seq_len=4)
+    assert found.notes == ("7 of the 8 samples of same.txt are copies of others",)
+
+
 def test_the_suffix_may_be_in_capitals(tmp_path: Path):
     found = read_calibration(written(tmp_path, {"input_ids": [7, 8]}, name="X.JSONL"), None, samples=1, seq_len=4)
     assert found.tokens.tolist() == [[7, 8]]

@@ -172,14 +172,19 @@ def test_a_quantized_source_is_refused(llama: Oracle, tmp_path: Path, capsys: py
     assert "already quantized" in capsys.readouterr().err
 
 
-def test_infinite_activations_leave_the_layer_rounded_and_named(damaged: Path, tmp_path: Path):
+def test_infinite_activations_leave_the_layer_rounded_and_named(
+    damaged: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
     def overflow(tensors: dict[str, np.ndarray]) -> None:
         tensors["model.layers.1.mlp.up_proj.weight"] = np.full_like(tensors["model.layers.1.mlp.up_proj.weight"], 1e37)
         tensors["model.layers.1.mlp.down_proj.weight"] = tensors["model.layers.1.mlp.down_proj.weight"].copy() * 1e-30
 
     edit_tensors(overflow)(damaged)
     arguments = ["quantize", str(damaged), str(tmp_path / "out"), "--calib", str(damaged / "text.txt"), *FAST]
-    assert main([*arguments, "--format", "native", "--scale-dtype", "float32"]) == 0
+    arguments += ["--format", "native", "--scale-dtype", "float32"]
+    assert main([*arguments, "--strict"]) == 2
+    assert "layers/1/mlp/down are not finite" in capsys.readouterr().err and not (tmp_path / "out").exists()
+    assert main(arguments) == 0
     report = json.loads((tmp_path / "out" / "awq_jax_report.json").read_text())
     reasons = {linear["path"]: linear["reason"] for linear in report["layers"][1]["linears"]}
     assert "layers/1/mlp/down are not finite" in reasons["layers/1/mlp/down"]
@@ -253,7 +258,7 @@ def test_outputs_that_do_not_fill_words_are_refused_before_anything_is_computed(
     row = dataclasses.replace(TINY[0], hf={**TINY[0].hf, **SIZES, "intermediate_size": 100})
     save_oracle(row, tmp_path / "odd")
     save_text_tools(tmp_path / "odd")
-    monkeypatch.setattr("awq_jax.layer_loop.quantize_and_measure", None)
+    monkeypatch.setattr("awq_jax.streams.quantize_and_measure", None)
     monkeypatch.setattr("awq_jax.dry_run.quantize_and_measure", None)
     before = set(tmp_path.rglob("*"))
     arguments = ["quantize", str(tmp_path / "odd"), str(tmp_path / "out"), "--calib", str(tmp_path / "odd/text.txt")]
