@@ -259,13 +259,14 @@ def dry_run(
     # A layer as it is read ahead, one as it is worked on, and as much again that matrix products on a CPU pack, more
     # with more threads: of layers 2,048 wide the estimate is 3 % low with 8 and 11 % with 16.
     beside = 3 * float_bytes + min(after, _SHARD + stem + max(layer.bytes_after for layer in layers))
+    on_host = hidden_states == "host" or (hidden_states == "disk" and keep)  # the file is mapped while it is kept
     return DryRun(
         layers=tuple(layers),
         bytes_before=checkpoint.nbytes,
         bytes_after=after,
         disk_bytes=room_bytes(checkpoint, plans, tokens, keep, on_disk=hidden_states == "disk"),
         device_bytes=max(device, looked_up + (hidden // chunks[0] if in_chunks else hidden)),
-        host_bytes=process + beside + (hidden if hidden_states == "host" else 0),
+        host_bytes=process + beside + (hidden if on_host else 0),
         gram_bytes=max(gram_bytes(plan, quantized) for plan in set(plans)),
         tokens=tokens,
         notes=blocked(plans, quantized),
