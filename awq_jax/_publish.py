@@ -17,6 +17,7 @@ from awq_jax._manifest import MANIFEST, make_manifest, tree_digests
 __all__ = [
     "INCOMPLETE",
     "beside",
+    "digest_of",
     "published",
     "refuse_existing",
     "refuse_lack_of_room",
@@ -35,7 +36,15 @@ _NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS)
 _NO_FLUSH = (errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS)  # of directories, on some network file systems
 
 
-def write_file(path: Path, pieces: Iterable[bytes | memoryview], nbytes: int) -> str:
+def digest_of(pieces: Iterable[bytes | memoryview]) -> str:
+    """sha256 of a content, in hexadecimal."""
+    digest = hashlib.sha256()
+    for piece in pieces:
+        digest.update(piece)
+    return digest.hexdigest()
+
+
+def write_file(path: Path, pieces: Iterable[bytes | memoryview], nbytes: int) -> None:
     """Create a file with the umask's mode, and wait until the disk has it.
 
     Args:
@@ -43,17 +52,12 @@ def write_file(path: Path, pieces: Iterable[bytes | memoryview], nbytes: int) ->
       pieces: the content.
       nbytes: its length, for the message when the disk is full.
 
-    Returns:
-      sha256 of the content.
-
     Raises:
       OSError: the disk is full (says how much is needed), or another error of the system.
     """
-    digest = hashlib.sha256()
     try:
         with open(path, "xb", buffering=0) as file:
             for piece in pieces:
-                digest.update(piece)
                 rest = memoryview(piece)
                 while rest:
                     rest = rest[file.write(rest) :]
@@ -64,12 +68,12 @@ def write_file(path: Path, pieces: Iterable[bytes | memoryview], nbytes: int) ->
         why = os.strerror(error.errno)
         said = f"{why}: {nbytes} bytes are needed for {path.name!r}. Make room, or choose another disk"
         raise OSError(error.errno, said, str(path.parent)) from error
-    return digest.hexdigest()
 
 
 def write_bytes(path: Path, content: bytes) -> str:
-    """`write_file` of content that is in memory."""
-    return write_file(path, (content,), len(content))
+    """`write_file` of content that is in memory; returns its sha256."""
+    write_file(path, (content,), len(content))
+    return digest_of((content,))
 
 
 def write_manifest(work: Path, recipe: Mapping[str, Any] | None = None, **more: Any) -> None:

@@ -37,10 +37,11 @@ from awq_jax.streams import MEASURED
 from awq_jax_convert.hf import HFCheckpoint
 from awq_jax_convert.hf_config import FamilyChoice
 from awq_jax_convert.sink import refuse_overlap
+from awq_jax_convert.writer import SHARDS_BEHIND
 
 __all__ = ["DryRun", "LayerCost", "dry_run", "dry_run_directory", "layer_bytes", "layer_flops"]
 
-_SHARD = 256 << 20  # bytes that a writer holds before it writes them
+_SHARD = 256 << 20  # bytes that a writer gathers before it writes them
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -258,7 +259,8 @@ def dry_run(
     process = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # with the compiler's, which the run has too
     # A layer as it is read ahead, one as it is worked on, and as much again that matrix products on a CPU pack, more
     # with more threads: of layers 2,048 wide the estimate is 3 % low with 8 and 11 % with 16.
-    beside = 3 * float_bytes + min(after, _SHARD + stem + max(layer.bytes_after for layer in layers))
+    shards = (1 + SHARDS_BEHIND) * (_SHARD + max(layer.bytes_after for layer in layers))
+    beside = 3 * float_bytes + min(after, shards + stem)
     on_host = hidden_states == "host" or (hidden_states == "disk" and keep)  # the file is mapped while it is kept
     return DryRun(
         layers=tuple(layers),

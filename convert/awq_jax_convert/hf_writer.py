@@ -3,7 +3,6 @@
 
 import os
 from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -16,6 +15,7 @@ from awq_jax_convert.fused import Whole, wholes
 from awq_jax_convert.hf_config import CONFIG
 from awq_jax_convert.keymap import theirs
 from awq_jax_convert.scheme import Scheme
+from awq_jax_convert.shard import workers
 from awq_jax_convert.sink import ModelWriter
 from awq_jax_convert.source import Checkpoint
 from awq_jax_convert.writer import DirectoryWriter
@@ -93,7 +93,7 @@ class HFWriter(ModelWriter):
         found = list(wholes(self.source.family, self.source.config, params))
         for whole in found:
             self._note(whole)
-        with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # numpy lets go of the interpreter
+        with workers() as pool:  # numpy lets go of the interpreter
             for tensors in pool.map(self._tensors, found):
                 for name, array in tensors.items():
                     self._writer.add(name, array)

@@ -6,15 +6,16 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from awq_jax._publish import write_file
+from awq_jax._publish import digest_of, write_file
 from awq_jax_convert.safetensors_header import dtype_name, read_header
 
-__all__ = ["tensor_bytes", "tensor_digest", "write_shard"]
+__all__ = ["tensor_bytes", "tensor_digest", "workers", "write_shard"]
 
 
 def tensor_bytes(array: np.ndarray) -> memoryview:
@@ -66,28 +67,38 @@ def write_shard(path: Path, tensors: Mapping[str, np.ndarray]) -> str:
         for name in order:
             yield tensor_bytes(tensors[name])
 
-    digest = write_file(path, pieces(), len(header) + sum(array.nbytes for array in tensors.values()))
-    _compare(path, tensors)
-    return digest
+    with workers() as pool:
+        digest = pool.submit(digest_of, pieces())  # what takes longest after the flush, and need not wait for it
+        write_file(path, pieces(), len(header) + sum(array.nbytes for array in tensors.values()))
+        _compare(path, tensors, pool)
+        return digest.result()
 
 
-def _compare(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
+def workers() -> ThreadPoolExecutor:
+    """Threads for what numpy, hashlib and the system do without the interpreter."""
+    return ThreadPoolExecutor(min(8, os.cpu_count() or 1))
+
+
+def _compare(path: Path, tensors: Mapping[str, np.ndarray], pool: ThreadPoolExecutor) -> None:
     fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
         found = read_header(fd, path)
-        for name, array in tensors.items():
+
+        def same(name: str, array: np.ndarray) -> bool:
             info = found[name]
-            same = info.shape == array.shape and info.dtype == dtype_name(array.dtype)
-            if not same or not _same_bytes(fd, info.start, tensor_bytes(array)):
-                said = f"tensor {name!r} reads back different from what was written; check the disk"
-                raise OSError(errno.EIO, said, str(path))
+            alike = info.shape == array.shape and info.dtype == dtype_name(array.dtype)
+            return alike and _same_bytes(fd, info.start, tensor_bytes(array))
+
+        alike = list(pool.map(same, tensors, tensors.values()))  # all have ended before the file is closed
     finally:
         os.close(fd)
+    for name in (name for name, is_so in zip(tensors, alike, strict=True) if not is_so):
+        said = f"tensor {name!r} reads back different from what was written; check the disk"
+        raise OSError(errno.EIO, said, str(path))
 
 
-def _same_bytes(fd: int, start: int, wanted: memoryview, chunk: int = 1 << 24) -> bool:
-    return all(
-        os.pread(fd, chunk, start + at)[: len(wanted) - at]
-        == bytes(wanted[at : at + chunk])  # views compare byte by byte
-        for at in range(0, len(wanted), chunk)
-    )
+def _same_bytes(fd: int, start: int, wanted: memoryview, chunk: int = 1 << 20) -> bool:
+    def found(at: int) -> np.ndarray:  # an array: views compare byte by byte, and bytes would be one more copy
+        return np.frombuffer(os.pread(fd, min(chunk, len(wanted) - at), start + at), np.uint8)
+
+    return all(np.array_equal(found(at), wanted[at : at + chunk]) for at in range(0, len(wanted), chunk))

@@ -6,6 +6,8 @@ import re
 import stat
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 import ml_dtypes
@@ -17,6 +19,7 @@ from safetensors.numpy import load_file
 
 from awq_jax._manifest import MANIFEST, read_manifest, verify
 from awq_jax_convert import shard
+from awq_jax_convert import writer as writer_module
 from awq_jax_convert.safetensors_dir import SafetensorsDir
 from awq_jax_convert.writer import DirectoryWriter
 
@@ -134,6 +137,40 @@ def test_a_disk_that_lies_is_caught(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="tensor 'a' reads back different"), DirectoryWriter(tmp_path / "out") as writer:
         writer.add("a", A)
     assert os.listdir(tmp_path) == []
+
+
+def test_shards_under_way_end_before_what_they_write_to_is_removed(tmp_path, monkeypatch):
+    begun, ended = threading.Event(), threading.Event()
+
+    def slow(path, tensors, real=shard.write_shard):
+        begun.set()
+        time.sleep(0.1)
+        digest = real(path, tensors)
+        ended.set()
+        return digest
+
+    monkeypatch.setattr(writer_module, "write_shard", slow)
+    with pytest.raises(ZeroDivisionError), DirectoryWriter(tmp_path / "out", max_shard_bytes=1) as writer:
+        writer.add("a", A)
+        writer.flush_if_full()
+        begun.wait(60)
+        assert not ended.is_set()  # the caller goes on meanwhile
+        raise ZeroDivisionError
+    assert ended.is_set() and os.listdir(tmp_path) == []
+
+
+def test_a_shard_that_fails_behind_is_told_by_a_later_call(tmp_path, monkeypatch):
+    def full(path, tensors):
+        raise OSError(28, "no room")
+
+    monkeypatch.setattr(writer_module, "write_shard", full)
+    added = 0
+    with pytest.raises(OSError, match="no room"), DirectoryWriter(tmp_path / "out", max_shard_bytes=1) as writer:
+        for index in range(10):
+            writer.add(str(index), A)
+            added += 1
+            writer.flush_if_full()
+    assert added == writer_module.SHARDS_BEHIND + 1 and os.listdir(tmp_path) == []
 
 
 def test_existing_output(tmp_path):
