@@ -38,7 +38,7 @@ def made(rng, m, k, n, tiles, **more):
 
 
 def streaming(rng, m, d, way):
-    """A stream as products make it: `add_product` of nothing."""
+    """A stream as the products of this way make it: by adding nothing."""
     total = jnp.asarray(rng.standard_normal((m, d)) * rng.uniform(0.1, 10, (m, 1)), jnp.bfloat16)
     gain = jnp.asarray(rng.uniform(0.5, 2, d), jnp.float32)
     begun = stream.start(total, gain)
@@ -149,7 +149,8 @@ def test_refusals_are_named(rng):
     with pytest.raises(ValueError, match="'relu'"):
         stream.product(stream.start(x, jnp.ones(256)), *weight, eps=EPS, activation="relu")
     with pytest.raises(ValueError, match="squares of 1 parts are not in fours"):
-        stream.product(stream.start(x, jnp.ones(256)), *weight, eps=EPS, implementation="gpu")
+        read = stream.start(x, jnp.ones(256))._replace(squares=jnp.ones((3, 1)))
+        stream.product(read, *weight, eps=EPS, implementation="gpu")
     with pytest.raises(ValueError, match="40 rows of x are more than 32"):
         many, weight, _ = made(rng, 40, 256, 384, False)
         begun = stream.start(jnp.zeros((40, 384), jnp.bfloat16), gain)

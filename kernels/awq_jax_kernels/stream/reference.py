@@ -9,6 +9,7 @@ from jaxtyping import Array, Float, Float32
 
 from awq_jax_kernels.gated.api import gated
 from awq_jax_kernels.int4_matmul import int4_matmul
+from awq_jax_kernels.int4_matmul.pallas_gpu.ends import PART
 
 __all__ = ["Stream", "add_product", "normed", "product", "start"]
 
@@ -19,7 +20,8 @@ class Stream(NamedTuple):
     Attributes:
       total: ``[m, d]``, the stream.
       weighted: ``[m, d]``, ``total * (offset + weight)`` for the weight of the norm that reads it next.
-      squares: float32 ``[m, parts]``, which add up to the sum of a row's squares.
+      squares: float32 ``[m, d/32]``, which add up to the sum of a row's squares, in an order that is the kernel's;
+        ``[m, 1]`` where 32 does not divide d.
     """
 
     total: Float[Array, "m d"]
@@ -31,7 +33,9 @@ def start(total: Array, weight: Array, *, offset: float) -> Stream:
     """See `awq_jax_kernels.stream.api.start`."""
     wide = total.astype(jnp.float32)
     weighted = (wide * (offset + weight.astype(jnp.float32))).astype(total.dtype)
-    return Stream(total, weighted, jnp.sum(wide * wide, axis=-1, keepdims=True))
+    m, d = total.shape
+    parts = jnp.reshape(wide * wide, (m, d // PART if d % PART == 0 else 1, -1))
+    return Stream(total, weighted, jnp.sum(parts, axis=-1))
 
 
 def normed(stream: Stream, *, eps: float) -> Float[Array, "m d"]:
