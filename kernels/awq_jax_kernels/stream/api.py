@@ -78,7 +78,7 @@ def product(
     operands = (stream, packed, scale, zero)
     refusal = functools.partial(pallas_gpu.refusal_to_multiply, *operands, **bound)
     ways = {
-        "gpu": Way(refusal, _alone(pallas_gpu.product, reference.product, bound), cuda()),
+        "gpu": Way(refusal, _alone(pallas_gpu.product, reference.product, **bound), cuda()),
         "reference": Way(lambda: None, functools.partial(reference.product, **bound)),
     }
     return dispatch(implementation, ways, "reference", operands, _what("product", stream.weighted, scale))
@@ -122,7 +122,7 @@ def add_product(
     operands = (stream, x, weight, packed, scale, zero)
     refusal = functools.partial(pallas_gpu.refusal_to_add, *operands, offset=offset)
     ways = {
-        "gpu": Way(refusal, _alone(pallas_gpu.add_product, reference.add_product, {"offset": offset}), cuda()),
+        "gpu": Way(refusal, _alone(pallas_gpu.add_product, reference.add_product, offset=offset), cuda()),
         "reference": Way(lambda: None, functools.partial(reference.add_product, offset=offset)),
     }
     return dispatch(implementation, ways, "reference", operands, _what("add_product", x, scale))
@@ -134,12 +134,15 @@ def _check(x: Any, packed: Any, scale: Any, zero: Any) -> None:
     check_groups(x.shape[-1], rows, scale, zero, shapes)
 
 
-def _alone(kernel: Any, definition: Any, bound: dict[str, Any]) -> Any:
-    """The kernel; mapped over an axis, the definition."""
+@functools.cache
+def _alone(kernel: Any, definition: Any, **bound: Any) -> Any:
+    """The kernel, lowered once for all layers; mapped over an axis, the definition."""
+
+    jitted = jax.jit(functools.partial(kernel, **bound))
 
     @jax.custom_batching.custom_vmap
     def run(*operands: Any) -> Any:
-        return kernel(*operands, **bound)
+        return jitted(*operands)
 
     @run.def_vmap
     def _(size: int, mapped: Any, *operands: Any) -> tuple[Any, Any]:

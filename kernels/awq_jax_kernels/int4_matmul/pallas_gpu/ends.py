@@ -2,8 +2,8 @@
 """What happens to the sums of a product on their way out: a norm's division, a gate, the addition to a stream.
 
 A norm divides each row by its root mean square, and a product is linear in its rows: so the rows are multiplied as
-they are, and the result is divided. The squares that this takes were summed by the kernel that made the rows. What is
-read beside the sums is asked for before they are exchanged, and arrives meanwhile.
+they are, and the result is divided. The squares that this takes were summed by the kernel that made the rows. What
+results meet is read before the first product, while the first codes travel: a read at the end would be waited for.
 """
 
 import dataclasses
@@ -54,7 +54,17 @@ ALONE = Ends()
 class Writer:
     """One warpgroup's share of the results: vectors of four channels of one token."""
 
-    def __init__(self, ends: Ends, sharing: combine.Sharing, refs: Any, turn: ir.Value, token: ir.Value, k: int):
+    def __init__(
+        self,
+        ends: Ends,
+        sharing: combine.Sharing,
+        k: int,
+        refs: Any,
+        turn: ir.Value,
+        token: ir.Value,
+        channel: ir.Value,
+    ):
+        """`token` and `channel` are where the block's tile of y begins."""
         self.ends, self.sharing, self.k = ends, sharing, k
         self.reads, self.outs = refs[: ends.reads], refs[ends.reads :]
         self.m, self.n = ir.MemRefType(self.outs[0].type).shape
@@ -68,17 +78,22 @@ class Writer:
             arith.andi(below(t, self.m), below(v, sharing.tokens // 4)) for t, v in zip(tokens, vectors, strict=True)
         ]
         self.tokens = [arith.minsi(t, const(self.m - 1)) for t in tokens]
-
-    def read_ahead(self, channel: ir.Value) -> None:
-        """Ask for what the results meet; `channel` is where the block's tile begins."""
         self.channel = arith.addi(channel, lane_channel())
         self.at = [arith.addi(arith.muli(token, const(self.n)), self.channel) for token in self.tokens]
-        rest = list(self.reads)
-        self.factors = [self._factor(rest[0], token) for token in self.tokens] if self.ends.eps is not None else []
+
+    @staticmethod
+    def kept(ends: Ends, sharing: combine.Sharing) -> int:
+        """Floats that `read_ahead` gives each thread."""
+        return sharing.share * (ends.eps is not None) + 4 * (sharing.share + 1) * ends.adds
+
+    def read_ahead(self) -> list[ir.Value]:
+        """What the results meet: factors; the stream's vectors and the norm's weight."""
+        kept = [self._factor(self.reads[0], token) for token in self.tokens] if self.ends.eps is not None else []
         if self.ends.adds:
-            *_, stream, weight = rest
-            self.held = [lanes.read(stream, i, 4) for i in self.at]
-            self.weight = lanes.read(weight, self.channel, 4)
+            *_, stream, weight = self.reads
+            vectors = [lanes.read(stream, i, 4) for i in self.at] + [lanes.read(weight, self.channel, 4)]
+            kept += [part for vector in vectors for part in lanes.parts(vector)]
+        return kept
 
     def _factor(self, squares: ir.Value, token: ir.Value) -> ir.Value:
         """The reciprocal root mean square of a token's row; its eight lanes of a warp share the partial sums."""
@@ -94,10 +109,13 @@ class Writer:
         mean = lanes.multiply(lanes.reduce_lanes(lanes.total(terms), lanes.add, 4, 32), lanes.value(1.0 / self.k))
         return lanes.float_instruction("rsqrt.approx.f32", lanes.add(mean, lanes.value(self.ends.eps or 0.0)))
 
-    def write(self, values: list[ir.Value], mail: ir.Value, turn: ir.Value, place: ir.Value) -> None:
+    def write(
+        self, values: list[ir.Value], kept: list[ir.Value], mail: ir.Value, turn: ir.Value, place: ir.Value
+    ) -> None:
         """Finish the sums and write them; rows past the end are not written."""
-        if self.factors:
-            values = [lanes.scaled(value, factor) for value, factor in zip(values, self.factors, strict=True)]
+        if self.ends.eps is not None:
+            factors, kept = kept[: len(values)], kept[len(values) :]
+            values = [lanes.scaled(value, factor) for value, factor in zip(values, factors, strict=True)]
         if self.ends.activation is not None:
             ups = combine.exchange(self.sharing, values, mail, turn, place)
             values = [
@@ -106,21 +124,22 @@ class Writer:
             first = arith.cmpi(arith.CmpIPredicate.eq, place, const(0))
             self.inside = [arith.andi(first, inside) for inside in self.inside]
         if self.ends.adds:
-            return self._add(values)
+            return self._add(values, [lanes.vector_of(kept[i : i + 4]) for i in range(0, len(kept), 4)])
         for at, value, inside in zip(self.at, values, self.inside, strict=True):
             with mgpu.when(inside):
                 lanes.write(self.outs[0], at, value)
 
-    def _add(self, values: list[ir.Value]) -> None:
+    def _add(self, values: list[ir.Value], met: list[ir.Value]) -> None:
         """Add to the stream; write the sum, the sum times the norm's weight, and the sum's squares."""
         total, weighted, squares = self.outs
         thread = arith.remui(mgpu.thread_idx(), const(128))
         tile = arith.shrui(self.channel, const(int(math.log2(4 * PART))))
         part = arith.addi(arith.shli(tile, const(2)), arith.shrui(thread, const(5)))
         of_token = arith.cmpi(arith.CmpIPredicate.ult, arith.remui(thread, const(32)), const(4))
-        weight = lanes.add(self.weight, lanes.splat(lanes.value(self.ends.offset), 4))
+        *held, weight = met
+        weight = lanes.add(weight, lanes.splat(lanes.value(self.ends.offset), 4))
         for i, value in enumerate(values):
-            summed = lanes.rounded(lanes.add(self.held[i], value), total)
+            summed = lanes.rounded(lanes.add(held[i], value), total)
             square = lanes.reduce_lanes(lanes.total(lanes.multiply(summed, summed)), lanes.add, 4, 32)
             with mgpu.when(self.inside[i]):
                 lanes.write(total, self.at[i], summed)

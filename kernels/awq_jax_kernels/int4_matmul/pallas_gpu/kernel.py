@@ -81,8 +81,13 @@ def _body(plan: Plan, *refs: Any, **scratch: Any) -> None:
         place, turn = lax.rem(warpgroup, jnp.int32(c.wide)), lax.div(warpgroup, jnp.int32(c.wide))
         reader = Reader(plan, scratch, place, turn)
         count = lax.div(steps - turn + (c.deep - 1), jnp.int32(c.deep))
+        gated = plan.ends.activation is not None  # places are a gate and what it gates: one column of y
+        where = (turn, block_m * c.tokens, block_n * plan.each + (0 if gated else place * CHANNELS))
+        room = plan.sharing.share <= 2  # in registers
+        kept = _read_ahead(plan, around, where) if room else ()
         total = reader.scaled_weight(count) if c.scale_weight else reader.scaled_result(count)
-        _finish(plan, total, scratch, around, place, turn, block_n, block_m)
+        kept = kept if room else _read_ahead(plan, around, where)
+        _finish(plan, total, scratch, around, kept, where, place)
 
 
 def _fetch(plan: Plan, sources: Any, scratch: Any, first: Any, steps: Any, block_n: Any, block_m: Any) -> None:
@@ -139,25 +144,44 @@ def _copies(plan: Plan, source: Any, target: Any, block_n: ir.Value, block_m: ir
     return [*copies[: c.wide], pipeline.Copy(source[0], target[0], rows_of_x, (8, 64)), *copies[c.wide :]]
 
 
-def _finish(
-    plan: Plan, total: Any, scratch: Any, around: Any, place: Any, turn: Any, block_n: Any, block_m: Any
-) -> None:
+def _read_ahead(plan: Plan, around: Any, where: Any) -> Any:
+    """What the results will meet, in registers."""
+    count = Writer.kept(plan.ends, plan.sharing)
+    if not count:
+        return ()
+
+    @plgpu.inline_mgpu(
+        arg_types=(*[PLAIN] * len(around), *[SCALAR] * 3),
+        return_type=(plgpu.ShapeDtypeStruct((), jnp.float32, layout=SCALAR),) * count,
+    )
+    def read(_: Any, *rest: Any) -> Any:
+        kept = _writer(plan, rest).read_ahead()
+        return tuple(mgpu.FragmentedArray.splat(value, ()) for value in kept)
+
+    return read(*around, *where)
+
+
+def _finish(plan: Plan, total: Any, scratch: Any, around: Any, kept: Any, where: Any, place: Any) -> None:
     """Sum over warpgroups and blocks, and write the results."""
     c = plan.config
     mail, kind = (scratch["xs"], plgpu.RefType(swizzled(16))) if plan.mail_in_ring else (scratch["mail"], PLAIN)
 
-    @plgpu.inline_mgpu(arg_types=(MATRIX, kind, *[PLAIN] * len(around), *[SCALAR] * 4))
+    @plgpu.inline_mgpu(arg_types=(MATRIX, kind, SCALAR, *[SCALAR] * len(kept), *[PLAIN] * len(around), *[SCALAR] * 3))
     def finish(_: Any, total: Any, mail: Any, *rest: Any) -> None:
-        turn, place, token, channel = (scalar.registers.flat[0] for scalar in rest[len(around) :])
-        writer = Writer(plan.ends, plan.sharing, rest[: len(around)], turn, token, plan.k)
-        writer.read_ahead(channel)
+        place, *kept_floats = (scalar.registers.flat[0] for scalar in rest[: 1 + len(kept)])
+        turn = rest[-3].registers.flat[0]
         if plan.sharing.holders > 1:
             if plan.mail_in_ring:
                 combine.synchronize(128 * c.readers, c.split)
             combine.send(plan.sharing, total, mail, turn, place)
             combine.synchronize(128 * c.readers, c.split)
-        writer.write(combine.collect(plan.sharing, total, mail, turn, place), mail, turn, place)
+        sums = combine.collect(plan.sharing, total, mail, turn, place)
+        _writer(plan, rest[1 + len(kept) :]).write(sums, kept_floats, mail, turn, place)
 
-    gated = plan.ends.activation is not None  # places are a gate and what it gates: one column of y
-    channel = block_n * plan.each + (0 if gated else place * CHANNELS)
-    finish(total, mail, *around, turn, place, block_m * c.tokens, channel)
+    finish(total, mail, place, *kept, *around, *where)
+
+
+def _writer(plan: Plan, rest: Any) -> Writer:
+    *refs, turn, token, channel = rest
+    where = (scalar.registers.flat[0] for scalar in (turn, token, channel))
+    return Writer(plan.ends, plan.sharing, plan.k, refs, *where)
