@@ -16,15 +16,13 @@ from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, gpu, llvm
 
 from awq_jax_kernels.decode_attention.form import Form
-from awq_jax_kernels.decode_attention.gpu_ring import Ring
 from awq_jax_kernels.mosaic_gpu import lanes
 from awq_jax_kernels.mosaic_gpu.registers import asm, const
 
 __all__ = ["Plan", "body"]
 
 VECTOR = 8  # channels of a lane
-DEEP = 2  # rows of keys and of values that a lane attends to in one turn
-STAGES = 4  # turns whose rows are on their way, or attended to: up to 96 KB of what a processor asks memory for
+DEEP = 4  # rows of keys and of values that a lane asks for before it waits
 NOTHING = -1e30  # a maximum over no positions, whose weight beside any other is 0 without an invalid difference
 RESIDENT = {2: 132}  # blocks of clusters of two that an H100 holds at once
 FEWER = 100  # of larger clusters, which don't tile its groups of 16 to 18 processors
@@ -70,11 +68,6 @@ class Plan:
         return self.queries * self.form.d
 
     @property
-    def ring(self) -> tuple[int, ...]:
-        """Shared int32: the rows on their way."""
-        return (STAGES * 2 * DEEP * 32 * self.warps * 4,)
-
-    @property
     def scratch(self) -> list[tuple[int, ...]]:
         """Shared float32: values, maxima and sums of each warp, and those of each block of the cluster."""
         return [
@@ -104,17 +97,14 @@ def body(plan: Plan, *args: ir.Value) -> None:
     """All of a block's threads."""
     qkv, lengths, *rest = args
     turns, rest = (rest[:2], rest[2:]) if plan.turned else (None, rest)
-    k, v, y, ring, *scratch, head = rest
+    k, v, y, *scratch, head = rest
     if plan.split > 1:
         asm("barrier.cluster.arrive.relaxed.aligned;", "")  # waited for before any block writes to another
     block = _Block(plan, head)
     length = llvm.extractelement(lanes.read_integers(lengths, block.sequence, 1), const(0))
-    older = _Older(block, k, v, length, ring)
-    for turn in range(STAGES - 1):
-        older.fill(const(turn))
     queries, key, value = block.projected(qkv, turns, k)
     state = block.begin(queries, key, value, length)
-    state = older.seen(state, queries)
+    state = block.seen(state, queries, k, v, length)
     block.keep(k, v, key, value, length)
     block.combine(state, scratch, y)
 
@@ -171,7 +161,35 @@ class _Block:
         values = choose(value, lanes.splat(nothing, VECTOR))
         return State(top, [choose(one, nothing)] * len(queries), [values] * len(queries))
 
-    def attended(self, state: State, queries: Any, keys: Any, values: Any, inside: Any) -> State:
+    def seen(self, state: State, queries: list[Any], k: Any, v: Any, length: Any) -> State:
+        """With all older positions that are this block's."""
+        f, teams, split = self.plan.form, self.plan.teams, self.plan.split
+        below = arith.minui(length, const(f.positions))
+        start = const(0)
+        if f.window is not None:
+            start = arith.maxsi(arith.subi(length, const(f.window - 1)), const(0))
+        count = arith.maxsi(arith.subi(below, start), const(0))
+        each = arith.divui(arith.addi(count, const(split - 1)), const(split))
+        begin = arith.addi(start, arith.muli(self.rank, each))
+        end = arith.minsi(arith.addi(begin, each), below)
+        turns = arith.divui(arith.addi(each, const(teams * DEEP - 1)), const(teams * DEEP))
+        before = arith.muli(self.sequence, const(f.positions))
+        last = arith.maxsi(arith.subi(end, const(1)), const(0))
+
+        def turn(i: Any, flat: list[Any]) -> list[Any]:
+            first = arith.addi(begin, arith.addi(arith.muli(i, const(teams * DEEP)), self.team))
+            places = [arith.addi(first, const(teams * j)) for j in range(DEEP)]
+            inside = [arith.cmpi(arith.CmpIPredicate.slt, place, end) for place in places]
+            near = [arith.addi(before, arith.minsi(place, last)) for place in places]
+            rows = [arith.addi(arith.muli(at, const(f.kv)), self.of_kv) for at in near]
+            at = [arith.addi(arith.muli(row, const(f.d)), self.channel) for row in rows]
+            keys = [lanes.read(k, place, VECTOR) for place in at]
+            values = [lanes.read(v, place, VECTOR) for place in at]
+            return self._attended(State.of(flat), queries, keys, values, inside).flat()
+
+        return State.of(mgpu.fori(turns, state.flat())(turn).results)
+
+    def _attended(self, state: State, queries: Any, keys: Any, values: Any, inside: Any) -> State:
         """With a few positions more, of which some lie outside and count for nothing."""
         after = State([], [], [])
         for i, query in enumerate(queries):
@@ -292,55 +310,3 @@ class _Block:
         of_head = arith.muli(self.head, const(self.plan.outputs))
         quotient = arith.divf(value, total)
         lanes.write(y, arith.addi(of_head, output), lanes.splat(quotient, 1))
-
-
-class _Older:
-    """The older positions that are a block's, `DEEP` rows of keys and of values of each team at a time."""
-
-    def __init__(self, block: _Block, k: Any, v: Any, length: Any, ring: Any):
-        self.block, self.k, self.v = block, k, v
-        plan = self.plan = block.plan
-        f, split = plan.form, plan.split
-        below = arith.minui(length, const(f.positions))
-        start = const(0)
-        if f.window is not None:
-            start = arith.maxsi(arith.subi(length, const(f.window - 1)), const(0))
-        count = arith.maxsi(arith.subi(below, start), const(0))
-        each = arith.divui(arith.addi(count, const(split - 1)), const(split))
-        self.begin = arith.addi(start, arith.muli(block.rank, each))
-        self.end = arith.minsi(arith.addi(self.begin, each), below)
-        self.turns = arith.divui(arith.addi(each, const(plan.teams * DEEP - 1)), const(plan.teams * DEEP))
-        self.ring = Ring(ring, STAGES, 2 * DEEP, 32 * plan.warps, ir.MemRefType(k.type).element_type)
-
-    def places(self, turn: Any) -> list[Any]:
-        """The positions of a turn that are this team's."""
-        teams = self.plan.teams
-        first = arith.addi(self.begin, arith.addi(arith.muli(turn, const(teams * DEEP)), self.block.team))
-        return [arith.addi(first, const(teams * j)) for j in range(DEEP)]
-
-    def fill(self, turn: Any) -> None:
-        """Have a turn's rows on their way."""
-
-        def rows() -> list[tuple[Any, Any]]:
-            f, block = self.plan.form, self.block
-            before = arith.muli(block.sequence, const(f.positions))
-            last = arith.maxsi(arith.subi(self.end, const(1)), const(0))
-            near = [arith.addi(before, arith.minsi(place, last)) for place in self.places(turn)]
-            numbers = [arith.addi(arith.muli(at, const(f.kv)), block.of_kv) for at in near]
-            at = [arith.addi(arith.muli(number, const(f.d)), block.channel) for number in numbers]
-            return [(ref, index) for ref in (self.k, self.v) for index in at]
-
-        self.ring.fill(turn, self.turns, rows)
-
-    def seen(self, state: State, queries: list[Any]) -> State:
-        """The state with all of them."""
-
-        def turn(i: Any, flat: list[Any]) -> list[Any]:
-            vectors = self.ring.take(i)
-            self.fill(arith.addi(i, const(STAGES - 1)))  # where the turn before was, whose rows are used up
-            below = arith.CmpIPredicate.slt
-            inside = [arith.cmpi(below, place, self.end) for place in self.places(i)]
-            state = State.of(flat)
-            return self.block.attended(state, queries, vectors[:DEEP], vectors[DEEP:], inside).flat()
-
-        return State.of(mgpu.fori(self.turns, state.flat())(turn).results)

@@ -53,7 +53,7 @@ def decode_attention(form: Form, qkv: Array, cache: Cache, lengths: Array, turns
         run,
         name="decode_attention",
         out=jax.ShapeDtypeStruct((form.batch, form.heads * form.d), qkv.dtype),
-        scratch=(plgpu.SMEM(plan.ring, jnp.int32), *(plgpu.SMEM(shape, jnp.float32) for shape in plan.scratch)),
+        scratch=tuple(plgpu.SMEM(shape, jnp.float32) for shape in plan.scratch),
         grid=(form.batch * form.kv,),
         grid_names=("head",),
         cluster=(plan.split,),
