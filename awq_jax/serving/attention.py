@@ -47,7 +47,7 @@ class CachedAttention(Attention):
         """Whether attention reads the product ``qkv`` and nothing lies between."""
         c = self.config
         turned = c.positions != "rotary" or c.rotary_dim == c.head_dim
-        return getattr(self, "qkv", None) is not None and self.q_norm is None and turned and c.positions != "alibi"
+        return hasattr(self, "qkv") and self.q_norm is None and turned and c.positions != "alibi"
 
     def turned_by(self, positions: Array) -> Any:
         """What turns q and k in attention, or None where nothing does."""
@@ -57,8 +57,9 @@ class CachedAttention(Attention):
     def _projected_once(self, x: Array, positions: Array) -> tuple[Array, Any]:
         """q, k and v side by side, ``[b, w]``, and what turns q and k where that is still to do."""
         c, by = self.config, self.turned_by(positions)
-        if self.reads_as_it_is():
-            return self.qkv(x)[:, 0], by
+        product = getattr(self, "qkv", None)
+        if product is not None and self.reads_as_it_is():
+            return product(x)[:, 0], by
         q, k, v = self.projected(x)
         if c.positions == "rotary" and by is None:
             part = turns(c, positions)

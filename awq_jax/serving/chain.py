@@ -4,7 +4,7 @@
 Norms, sums and gates are done by the products that they follow or precede (`awq_jax_kernels.stream`).
 """
 
-from typing import Any
+from typing import Any, cast
 
 from jaxtyping import Array, Float, Int
 
@@ -27,13 +27,15 @@ __all__ = ["chained", "chained_logits", "is_chain"]
 FEW = 32  # rows for which the products have room for more than a product
 
 
-def is_chain(model: Decoder, tokens: Int[Array, "b t"]) -> bool:
-    """Whether a step of these tokens is a chain of products."""
-    return tokens.shape[1] == 1 and tokens.shape[0] <= FEW and all(map(_is_link, model.layers)) and _is_rms(model.norm)
+def is_chain(model: Decoder, h: Float[Array, "b t d"]) -> bool:
+    """Whether the step of these embeddings is a chain of products."""
+    rows, tokens, _ = h.shape
+    in_range = h.dtype != "float16"  # rows are weighted before they are divided
+    return tokens == 1 and rows <= FEW and in_range and all(map(_is_link, model.layers)) and _is_rms(model.norm)
 
 
 def _is_link(block: Block) -> bool:
-    c, attn, mlp = block.config, block.attn, block.mlp
+    c, attn, mlp = block.config, cast(Any, block.attn), block.mlp
     return (
         c.norm_placement == "before"
         and not c.parallel
@@ -43,7 +45,7 @@ def _is_link(block: Block) -> bool:
         and attn.reads_as_it_is()
         and isinstance(mlp, GatedMlp)
         and c.activation in ACTIVATIONS
-        and _is_tiled(attn.qkv, bias=True)
+        and _is_tiled(getattr(attn, "qkv", None), bias=True)
         and _is_tiled(attn.o)
         and _is_tiled(getattr(mlp, "gate_up", None))
         and _is_tiled(mlp.down)
@@ -70,7 +72,7 @@ def chained(
     stream, written = start(h[:, 0], **_gain(norms[0])), []
     for index, layer in enumerate(model.layers):
         first, second, after = norms[2 * index : 2 * index + 3]
-        attn, mlp, held = layer.attn, layer.mlp, cache.layer(index)
+        attn, mlp, held = cast(Any, layer.attn), cast(Any, layer.mlp), cache.layer(index)
         qkv = attn.qkv.completed(_read(stream, attn.qkv, first))
         attended, held = attn.attended(qkv, positions, attn.turned_by(positions), held)
         stream = _add(stream, attended, attn.o, second)

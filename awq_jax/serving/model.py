@@ -125,7 +125,7 @@ def last_logits(
     """
     positions = jnp.arange(tokens.shape[1]) + cache.lengths[:, None]
     h, waiting = model.embed(tokens, positions), None
-    if is_chain(model, tokens):
+    if is_chain(model, h):
         stream, written = chained(model, h, positions, cache)
         return chained_logits(model, stream), cache.after(written, 1)
     written = []
