@@ -38,12 +38,18 @@ SHAPES = {
     (4096, 4096): (1, 16, 64),
     (4096, 28672): (1, 16, 64),
     (8192, 28672): (1, 16, 64),
+    (4096, 128256): (1, 16, 64),
 }
 PEERS = {(4096, 14336): (16, 64, 1024)}  # also XLA's grouped product, and dequantizing first
 LONG = {(4096, 14336): (1, 16, 64)}  # also end to end
 CACHE = 130e6  # bytes that separate weights must exceed
 BASES = {
-    8: [BlockConfig(8), BlockConfig(8, deep=4, stages=8), BlockConfig(8, wide=2, deep=2, stages=8)],
+    8: [
+        BlockConfig(8),
+        BlockConfig(8, deep=4, stages=8),
+        BlockConfig(8, deep=2, stages=10),
+        BlockConfig(8, wide=2, deep=2, stages=8),
+    ],
     16: [
         BlockConfig(16),
         BlockConfig(16, deep=4, stages=8),
@@ -290,13 +296,13 @@ def long_programs(k: int, n: int, data: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def save(report: dict[str, Any], out: pathlib.Path, tuned: pathlib.Path | None) -> None:
-    """Write the report, and the winners on the library's bytes, which are what serves, as a tuned table."""
+    """Write the report, and the winners on tiles, which are what serves, as a tuned table."""
     out.mkdir(parents=True, exist_ok=True)
     (out / "gpu_sweep.json").write_text(json.dumps(report, indent=1))
     best: dict[str, dict[str, Any]] = {}
     for row in report["rows"]:
         key = tuned_key(row["m"], row["k"], row["n"])
-        if "config" in row and row["operands"] == "bytes" and row["us"] < best.get(key, {"us": np.inf})["us"]:
+        if "config" in row and row["operands"] == "tiles" and row["us"] < best.get(key, {"us": np.inf})["us"]:
             best[key] = row
     if tuned is not None:
         configs = {key: row["config"] for key, row in best.items()}

@@ -24,6 +24,12 @@ class CachedAttention(Attention):
         if not isinstance(cache, HeldLayer) or x.shape[1] > 1 or c.positions == "alibi":
             return super().__call__(x, positions, cache=cache, tap=tap)
         qkv, by = self._projected_once(x, positions)
+        y, cache = self.attended(qkv, positions, by, cache)
+        return self.o(y[:, None]), cache
+
+    def attended(self, qkv: Array, positions: Array, by: Any, cache: HeldLayer) -> tuple[Array, HeldLayer]:
+        """What o reads, ``[b, w]``, of q, k, v side by side and what still turns them; and the cache with k and v."""
+        c = self.config
         y, parts = decode_attention(
             qkv,
             cache.parts(),
@@ -35,17 +41,25 @@ class CachedAttention(Attention):
             softcap=c.attn_softcap,
             span=cache.k.span,
         )
-        return self.o(y[:, None]), cache.of_parts(*parts)
+        return y, cache.of_parts(*parts)
+
+    def reads_as_it_is(self) -> bool:
+        """Whether attention reads the product ``qkv`` and nothing lies between."""
+        c = self.config
+        turned = c.positions != "rotary" or c.rotary_dim == c.head_dim
+        return hasattr(self, "qkv") and self.q_norm is None and turned and c.positions != "alibi"
+
+    def turned_by(self, positions: Array) -> Any:
+        """What turns q and k in attention, or None where nothing does."""
+        c = self.config
+        return _turns(c, positions) if c.positions == "rotary" and c.rotary_dim == c.head_dim else None
 
     def _projected_once(self, x: Array, positions: Array) -> tuple[Array, Any]:
         """q, k and v side by side, ``[b, w]``, and what turns q and k where that is still to do."""
-        c = self.config
-        by = None
-        if c.positions == "rotary" and c.rotary_dim == c.head_dim:
-            by = _turns(c, positions)
+        c, by = self.config, self.turned_by(positions)
         product = getattr(self, "qkv", None)
-        if product is not None and self.q_norm is None and (by is not None or c.positions != "rotary"):
-            return product(x)[:, 0], by  # as it is
+        if product is not None and self.reads_as_it_is():
+            return product(x)[:, 0], by
         q, k, v = self.projected(x)
         if c.positions == "rotary" and by is None:
             part = turns(c, positions)

@@ -16,6 +16,7 @@ from awq_jax.models.params import merge
 from awq_jax.serving.attention import CachedAttention
 from awq_jax.serving.block import added, through
 from awq_jax.serving.cache import SlotCache
+from awq_jax.serving.chain import chained, chained_logits, is_chain
 from awq_jax.serving.fuse import FUSED
 from awq_jax.serving.mlp import GatedMlp
 
@@ -122,22 +123,19 @@ def last_logits(
       last: index into the tokens of each row.
       axis: mesh axis over which the head's columns are cut.
     """
-    h, waiting, cache_after = _stream(model, tokens, cache)
+    positions = jnp.arange(tokens.shape[1]) + cache.lengths[:, None]
+    h, waiting = model.embed(tokens, positions), None
+    if is_chain(model, h):
+        stream, written = chained(model, h, positions, cache)
+        return chained_logits(model, stream), cache.after(written, 1)
+    written = []
+    for index, layer in enumerate(model.layers):
+        h, waiting, held = through(layer, h, waiting, positions, cache.layer(index))
+        written.append(held)
     take = lambda x: x if x.shape[1] == 1 else jnp.take_along_axis(x, last[:, None, None], axis=1)
     normed = added(model.norm, take(h), None if waiting is None else take(waiting))[1]
     logits = model.logits(normed)[:, 0]
     if axis is not None and model.lm_head is not None:
         columns = jax.lax.axis_index(axis) * logits.shape[-1] + jnp.arange(logits.shape[-1])
         logits = jnp.where(columns < model.config.vocab_size, logits, -jnp.inf)
-    return logits, cache_after
-
-
-def _stream(model: Decoder, tokens: Array, cache: SlotCache) -> tuple[Array, Array | None, KVCache]:
-    """The stream, what is to be added to it, and the cache."""
-    positions = jnp.arange(tokens.shape[1]) + cache.lengths[:, None]
-    h, waiting = model.embed(tokens, positions), None
-    written = []
-    for index, layer in enumerate(model.layers):
-        h, waiting, held = through(layer, h, waiting, positions, cache.layer(index))
-        written.append(held)
-    return h, waiting, cache.after(written, tokens.shape[1])
+    return logits, cache.after(written, tokens.shape[1])

@@ -67,6 +67,23 @@ def test_other_dtypes_compile(config, dtype, scale_dtype, zeros):
     kernel_of(gpu.compile_program(gpu_static.program(40, 1024, 256, tiles=False, config=config, **more)))
 
 
+@pytest.mark.parametrize(
+    ("m", "k", "n", "ends"),
+    [
+        (1, 4096, 6144, {"eps": 1e-5}),
+        (16, 14336, 4096, {"adds": True, "offset": 1.0}),
+        (1, 4096, 28672, {"eps": 1e-5, "activation": "silu"}),
+        (32, 4096, 28672, {"eps": 1e-5, "activation": "gelu_tanh"}),
+    ],
+    ids=lambda value: "-".join(map(str, value)) if isinstance(value, dict) else str(value),
+)
+def test_what_lies_around_a_product_costs_its_loop_nothing(m, k, n, ends):
+    program = Program("awq_jax_kernels.bench.gpu_static:between", {"m": m, "k": k, "n": n, **ends})
+    kernel = kernel_of(gpu.compile_program(program))
+    per_weight = gpu_static.counts(kernel, 128)
+    assert sum(per_weight.values()) <= BUDGET[True] + (0.4 if m == 32 else 0), per_weight
+
+
 def test_a_product_in_flight_and_the_next_operand_share_no_registers():
     """The loop that keeps one product in flight makes two operands in turn; the second may not overwrite the first."""
     config = BlockConfig(64, deep=2, stages=7, scale_weight=True)

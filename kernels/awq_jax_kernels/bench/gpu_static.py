@@ -51,6 +51,16 @@ def program(
     return Program("awq_jax_kernels.bench.gpu_static:product", arguments)
 
 
+def between(m: int, k: int, n: int, g: int = 128, *, parts: int = 128, **ends: Any) -> tuple[Any, Any]:
+    """The kernel with other ends, on tiles, and the shapes of its operands."""
+    around = pallas_gpu.Ends(**ends)
+    _, shapes = product(m, k, n, g, tiles=True)
+    of = lambda shape, dtype: jax.ShapeDtypeStruct(shape, jnp.dtype(dtype))
+    beside = [of((m, parts), "float32")] if around.eps is not None else []
+    beside += [of((m, n), "bfloat16"), of((n,), "float32")] if around.adds else []
+    return lambda *all: pallas_gpu.int4_matmul_between(*all[:4], ends=around, beside=all[4:]), (*shapes, *beside)
+
+
 def counts(kernel: Kernel, step: int) -> dict[str, float]:
     """Instructions per weight by kind; "uniform" ones run on a warp's scalar unit, and take issue slots too.
 

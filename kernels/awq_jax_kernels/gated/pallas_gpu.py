@@ -13,6 +13,7 @@ from jaxlib.mlir.dialects import arith
 from jaxtyping import Array
 
 from awq_jax_kernels.mosaic_gpu import lanes, launch
+from awq_jax_kernels.mosaic_gpu.activation import activated
 from awq_jax_kernels.mosaic_gpu.device import unsuitable
 from awq_jax_kernels.mosaic_gpu.registers import const
 
@@ -70,15 +71,4 @@ class _Block:
             gate_at = arith.addi(out, arith.muli(row, const(self.half)))
             gate = lanes.read(product, gate_at, VECTOR)
             up = lanes.read(product, arith.addi(gate_at, const(self.half)), VECTOR)
-            lanes.write(y, out, lanes.multiply(self._activated(gate), up))
-
-    def _activated(self, x: ir.Value) -> ir.Value:
-        """``x sigmoid(z)``: z is x for silu, and ``2 sqrt(2 / pi) (x + 0.044715 x^3)`` for gelu by tanh."""
-        splat = lambda number: lanes.splat(lanes.value(number), VECTOR)
-        z = x
-        if self.activation == "gelu_tanh":
-            cubic = lanes.multiply(lanes.multiply(x, x), splat(2 * math.sqrt(2 / math.pi) * 0.044715))
-            z = lanes.multiply(x, lanes.add(cubic, splat(2 * math.sqrt(2 / math.pi))))
-        power = lanes.each(lanes.exp2, lanes.multiply(z, splat(-math.log2(math.e))))
-        reciprocal = lambda value: lanes.float_instruction("rcp.approx.ftz.f32", value)
-        return lanes.multiply(x, lanes.each(reciprocal, lanes.add(power, splat(1.0))))
+            lanes.write(y, out, lanes.multiply(activated(gate, self.activation), up))

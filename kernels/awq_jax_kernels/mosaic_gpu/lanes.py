@@ -13,8 +13,8 @@ from awq_jax_kernels.mosaic_gpu.registers import asm, const, element_pointer
 
 __all__ = [
     "PLAIN", "SCALAR", "add", "block_sum", "call", "dot", "each", "exp2", "float_instruction", "fma",
-    "maximum", "multiply", "read", "read_integers", "reduce_lanes", "rounded", "scaled", "send", "splat",
-    "total", "value", "write",
+    "maximum", "multiply", "parts", "read", "read_integers", "reduce_lanes", "rounded", "scaled", "send", "splat",
+    "total", "value", "vector_of", "write",
 ]  # fmt: skip
 
 PLAIN = plgpu.RefType()
@@ -89,9 +89,19 @@ maximum = arith.maximumf
 fma = llvm.intr_fma
 
 
+def parts(wide: ir.Value) -> list[ir.Value]:
+    """A vector's elements."""
+    return [llvm.extractelement(wide, const(i)) for i in range(ir.VectorType(wide.type).shape[0])]
+
+
+def vector_of(elements: list[ir.Value]) -> ir.Value:
+    """The vector of some float32."""
+    return vector.from_elements(ir.VectorType.get((len(elements),), ir.F32Type.get()), elements)
+
+
 def total(wide: ir.Value) -> ir.Value:
     """The sum of a vector's elements, in pairs."""
-    terms = [llvm.extractelement(wide, const(i)) for i in range(ir.VectorType(wide.type).shape[0])]
+    terms = parts(wide)
     while len(terms) > 1:
         terms = [add(a, b) for a, b in zip(terms[::2], terms[1::2], strict=True)]
     return terms[0]

@@ -2,7 +2,7 @@
 """`int4_matmul` on Hopper GPUs, written for Mosaic GPU.
 
 `kernel` is the dataflow, `pipeline` the ring that feeds it, `reader` the warpgroup that multiplies, `fragment` turns
-codes into tensor-core operands, `combine` adds up what was split, `config` chooses.
+codes into tensor-core operands, `combine` adds up what was split, `ends` writes the results, `config` chooses.
 """
 
 import functools
@@ -12,13 +12,17 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int8, Int32
 
-from awq_jax_kernels.int4_matmul.pallas_gpu.config import BlockConfig, choose, derive
+from awq_jax_kernels.int4_matmul.pallas_gpu.config import BlockConfig, choose, derive, paired
+from awq_jax_kernels.int4_matmul.pallas_gpu.ends import PART, Ends
 from awq_jax_kernels.int4_matmul.pallas_gpu.kernel import fused
 from awq_jax_kernels.mosaic_gpu.device import unsuitable
 
-__all__ = ["BlockConfig", "choose", "derive", "int4_matmul", "supports"]
+__all__ = [
+    "BlockConfig", "Ends", "choose", "derive", "int4_matmul", "int4_matmul_between", "supports", "supports_ends",
+]  # fmt: skip
 
 FLOATS = ("bfloat16", "float16")
+FEW = 32  # rows of x up to which a kernel with other ends has the registers it needs
 
 
 def supports(x: Any, packed: Any, scale: Any, zero: Any = None, *, config: BlockConfig | None = None) -> str | None:
@@ -71,10 +75,54 @@ def int4_matmul(
     (m, k), (groups, n) = x.shape, scale.shape
     if config is None:
         config = choose(m, k, n, k // groups, exact=_exact(x.dtype, scale.dtype), device=_device_kind())
-    rows = m if m < 8 else -(-m // 8) * 8  # a bulk copy fills rows past the end with zeros, up to its tile of eight
-    if rows != m:
-        x = jnp.pad(x, ((0, rows - m), (0, 0)))
-    return _batched(config)(x, packed, scale, zero)[:m]
+    return _batched(config)(_in_eights(x), packed, scale, zero)[:m]
+
+
+def supports_ends(x: Any, packed: Any, scale: Any, zero: Any = None, *, ends: Ends) -> str | None:
+    """Why `int4_matmul_between` can't take these 2-d operands, or None if it can."""
+    (m, k), (groups, n) = x.shape, scale.shape
+    if str(x.dtype) != "bfloat16":
+        return f"x is {x.dtype}; rows that are not divided yet could leave another range than bfloat16's"
+    if m > FEW:
+        return f"{m} rows of x are more than {FEW}"
+    if ends.activation is not None and (n % 256 or k // groups < 128):
+        return f"halves of n={n} are no multiples of 128, or groups of {k // groups} are shorter than that"
+    if ends.adds and n % PART:
+        return f"n={n} is no multiple of {PART}"
+    return supports(x, packed, scale, zero)
+
+
+def int4_matmul_between(
+    x: Float[Array, "m k"],
+    packed: Int8[Array, "k2 n"] | Int32[Array, "n128 k64 4 256"],
+    scale: Float[Array, "groups n"],
+    zero: Int8[Array, "groups n"] | None,
+    *,
+    ends: Ends,
+    beside: tuple[Array, ...],
+    config: BlockConfig | None = None,
+) -> Any:
+    """A product of up to 32 rows with what lies before and behind it, as `ends` says; no batching rule.
+
+    Args:
+      x: bfloat16 ``[m, k]``.
+      packed, scale, zero: as in `int4_matmul`.
+      ends: what is done beside multiplying.
+      beside: what that reads, rows as in x; see `kernel.fused`.
+      config: None takes the tuned one, or derives one.
+    """
+    (m, k), (groups, n) = x.shape, scale.shape
+    if config is None:
+        config = choose(m, k, n, k // groups, exact=False, device=_device_kind())
+        config = config if ends.activation is None else paired(config)
+    beside = tuple(_in_eights(leaf) if leaf.ndim == 2 else leaf for leaf in beside)
+    return jax.tree.map(lambda y: y[:m], fused(_in_eights(x), packed, scale, zero, config, ends, *beside))
+
+
+def _in_eights(x: Array) -> Array:
+    """Rows up to a multiple of eight; fewer than eight a bulk copy itself fills with zeros, up to its tile."""
+    m = x.shape[0]
+    return x if m < 8 or m % 8 == 0 else jnp.pad(x, ((0, -m % 8), (0, 0)))
 
 
 @functools.cache

@@ -1,22 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Adding up the results of warpgroups and blocks that split the contraction, and writing them out.
+"""Adding up the results of warpgroups and blocks that split the contraction.
 
 All of them hold the same tile, ``[128, tokens]`` in float32, four channels of one token to a vector. Each owns a share
 of the vectors. It sends the others theirs, into shared memory of its own block or (distributed shared memory) of a
-peer in the cluster; after one barrier it adds what it was sent and writes its share of y, 32 contiguous bytes for
-four lanes. A split costs one barrier: no workspace in device memory, no counter to clear, no second launch.
+peer in the cluster; after one barrier it adds what it was sent, and `ends` writes the share. A split costs one barrier:
+no workspace in device memory, no counter to clear, no second launch.
 """
 
 import dataclasses
+from typing import Any
 
 from jax.experimental.mosaic import gpu as mgpu
 from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import arith, gpu, llvm, vector
+from jaxlib.mlir.dialects import arith, gpu, llvm, scf, vector
 
-from awq_jax_kernels.int4_matmul.pallas_gpu.fragment import lane_channel
-from awq_jax_kernels.mosaic_gpu.registers import asm, const
+from awq_jax_kernels.mosaic_gpu.registers import asm, const, element_pointer
 
-__all__ = ["Sharing", "mail_shape", "send", "synchronize", "write"]
+__all__ = ["Sharing", "collect", "exchange", "holder", "mail_shape", "send", "synchronize"]
 
 VECTORS = 128 * 16  # bytes of one vector of every thread of a warpgroup
 
@@ -71,7 +71,8 @@ def _vector(total: mgpu.FragmentedArray, block: int, e: int) -> ir.Value:
     return vector.from_elements(ir.VectorType.get((4,), ir.F32Type.get()), values)
 
 
-def _holder(sharing: Sharing, turn: ir.Value) -> ir.Value:
+def holder(sharing: Sharing, turn: ir.Value) -> ir.Value:
+    """The number of a warpgroup among those that hold parts of the same tile."""
     if sharing.split == 1:
         return turn
     rank = arith.index_cast(ir.IntegerType.get_signless(32), gpu.cluster_block_id(gpu.Dimension.x))
@@ -92,7 +93,7 @@ def _mailbox(sharing: Sharing, mail: ir.Value, owner: int, sender: ir.Value, pla
 
 def send(sharing: Sharing, total: mgpu.FragmentedArray, mail: ir.Value, turn: ir.Value, place: ir.Value) -> None:
     """Send every other holder its vectors of this warpgroup's tile; `place` is the tile's number in the block."""
-    me, i32 = _holder(sharing, turn), ir.IntegerType.get_signless(32)
+    me, i32 = holder(sharing, turn), ir.IntegerType.get_signless(32)
     for owner in range(sharing.holders):
         with mgpu.when(arith.cmpi(arith.CmpIPredicate.ne, me, const(owner))):
             to, space = _mailbox(sharing, mail, owner, me, place), "shared::cta"
@@ -106,48 +107,52 @@ def send(sharing: Sharing, total: mgpu.FragmentedArray, mail: ir.Value, turn: ir
                 asm(text, "r,f,f,f,f", to, *parts)
 
 
-def write(
-    sharing: Sharing, total: mgpu.FragmentedArray, mail: ir.Value, y: ir.Value, turn: ir.Value, place: ir.Value,
-    token: ir.Value, channel: ir.Value,
-) -> None:  # fmt: skip
-    """Add what was sent to the vectors that this warpgroup owns, round once, and write them to y.
-
-    Args:
-      sharing: who holds parts of the tile.
-      total: this warpgroup's part.
-      mail: shared memory, `mail_shape`.
-      y: device memory, ``[m, n]``; tokens past m are not written.
-      turn, place: which of the block's warpgroups this is.
-      token, channel: of y, where the tile begins.
-    """
-    me, f32 = _holder(sharing, turn), ir.F32Type.get()
+def collect(
+    sharing: Sharing, total: mgpu.FragmentedArray, mail: ir.Value, turn: ir.Value, place: ir.Value
+) -> list[ir.Value]:
+    """Add what was sent to the vectors that this warpgroup owns; `share` of them, of which the last may be nobody's."""
+    me, f32 = holder(sharing, turn), ir.F32Type.get()
     four = ir.VectorType.get((4,), f32)
-    m, n = ir.MemRefType(y.type).shape
-    element = ir.MemRefType(y.type).element_type
-    rounded = ir.VectorType.get((4,), element)
-    column = arith.shli(arith.remui(mgpu.thread_idx(), const(4)), const(1))
-    first = arith.addi(token, column)
-    out = arith.addi(arith.muli(first, const(n)), arith.addi(channel, lane_channel()))
-    base = mgpu.utils.getelementptr(mgpu.utils.memref_ptr(y), [out], element)
     literal = llvm.StructType.get_literal([f32] * 4)
+    nothing = arith.constant(four, ir.DenseElementsAttr.get_splat(four, ir.FloatAttr.get(f32, 0.0)))
+
+    def sums(owner: int) -> list[ir.Value]:
+        values = [_vector(total, block, e) for block, e in sharing.owned(owner)]
+        for sender in (s for s in range(sharing.holders) if s != owner):
+            at = _mailbox(sharing, mail, owner, const(sender), place)
+            for i, value in enumerate(values):
+                text = f"ld.shared::cta.v4.f32 {{$0, $1, $2, $3}}, [$4+{i * VECTORS}];"
+                loaded = asm(text, "=f,=f,=f,=f,r", at, result=literal)
+                parts = [llvm.extractvalue(f32, loaded, [j]) for j in range(4)]
+                values[i] = arith.addf(value, vector.from_elements(four, parts))
+        return values + [nothing] * (sharing.share - len(values))
+
+    if sharing.holders == 1:
+        return sums(0)
+    mine: Any = [nothing] * sharing.share
     for owner in range(sharing.holders):
-        owned = sharing.owned(owner)
-        if not owned:
-            continue
-        with mgpu.when(arith.cmpi(arith.CmpIPredicate.eq, me, const(owner))):
-            values = [_vector(total, block, e) for block, e in owned]
-            for sender in range(sharing.holders):
-                if sender == owner:
-                    continue
-                at = _mailbox(sharing, mail, owner, const(sender), place)
-                for i in range(len(owned)):
-                    text = f"ld.shared::cta.v4.f32 {{$0, $1, $2, $3}}, [$4+{i * VECTORS}];"
-                    loaded = asm(text, "=f,=f,=f,=f,r", at, result=literal)
-                    parts = [llvm.extractvalue(f32, loaded, [j]) for j in range(4)]
-                    values[i] = arith.addf(values[i], vector.from_elements(four, parts))
-            for (block, e), value in zip(owned, values, strict=True):
-                row = 8 * block + e
-                inside = arith.cmpi(arith.CmpIPredicate.slt, arith.addi(first, const(row)), const(m))
-                with mgpu.when(inside):
-                    to = mgpu.utils.getelementptr(base, [row * n], element)
-                    llvm.store(arith.truncf(rounded, value), to, alignment=8)
+        chosen = scf.IfOp(arith.cmpi(arith.CmpIPredicate.eq, me, const(owner)), [four] * sharing.share, has_else=True)
+        with ir.InsertionPoint(chosen.then_block):
+            scf.yield_(sums(owner))
+        with ir.InsertionPoint(chosen.else_block):  # pyright: ignore[reportCallIssue, reportArgumentType]  # it has one
+            scf.yield_(mine)
+        mine = list(chosen.results_)
+    return mine
+
+
+def exchange(
+    sharing: Sharing, values: list[ir.Value], mail: ir.Value, turn: ir.Value, place: ir.Value
+) -> list[ir.Value]:
+    """What the warpgroup one place on owns of the same tokens, for those of place 0; within one block of two places."""
+    four, others = ir.VectorType.get((4,), ir.F32Type.get()), sharing.holders - 1
+    box = arith.muli(arith.addi(arith.muli(turn, const(sharing.wide)), const(1)), const(others * sharing.share))
+    at = arith.addi(
+        arith.muli(box, const(VECTORS // 4)), arith.shli(arith.remui(mgpu.thread_idx(), const(128)), const(2))
+    )
+    where = [arith.addi(at, const(i * VECTORS // 4)) for i in range(len(values))]
+    pointers = [element_pointer(mail, offset, ir.F32Type.get()) for offset in where]
+    with mgpu.when(arith.cmpi(arith.CmpIPredicate.eq, place, const(1))):  # into what it was sent and has read
+        for pointer, value in zip(pointers, values, strict=True):
+            llvm.store(value, pointer, alignment=16)
+    synchronize(128 * sharing.deep * sharing.wide, 1)
+    return [llvm.load(four, pointer, alignment=16) for pointer in pointers]

@@ -5,7 +5,7 @@ import dataclasses
 
 from awq_jax_kernels.int4_matmul.tuned_table import tuned_rows
 
-__all__ = ["BlockConfig", "choose", "derive", "tuned_key"]
+__all__ = ["BlockConfig", "choose", "derive", "paired", "tuned_key"]
 
 CHANNELS = 128  # of one warpgroup
 MULTIPROCESSORS = 132  # of an H100 or H200
@@ -93,6 +93,13 @@ def derive(m: int, k: int, n: int, g: int, *, exact: bool) -> BlockConfig:
     blocks = n // (CHANNELS * config.wide) * -(-m // tokens)
     split = next((s for s in (3, 2) if s * blocks <= MULTIPROCESSORS and k >= 512 * s), 1)
     return dataclasses.replace(config, split=split)
+
+
+def paired(config: BlockConfig) -> BlockConfig:
+    """A config for up to 32 rows of x whose blocks hold a gate and what it gates side by side: this one, if it does."""
+    if config.wide == 2 and config.deep > 1 and config.split == 1:
+        return config
+    return dataclasses.replace(config, wide=2, deep=2, split=1, stages=8 if config.tokens == 8 else 7)
 
 
 def tuned_key(m: int, k: int, n: int) -> str:

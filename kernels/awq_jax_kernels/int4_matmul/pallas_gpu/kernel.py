@@ -10,7 +10,6 @@ blocks of a cluster share it (`split`), so that a narrow weight still fills the 
 import functools
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
@@ -21,6 +20,7 @@ from jaxlib.mlir.dialects import arith
 
 from awq_jax_kernels.int4_matmul.pallas_gpu import combine, pipeline
 from awq_jax_kernels.int4_matmul.pallas_gpu.config import CHANNELS, BlockConfig
+from awq_jax_kernels.int4_matmul.pallas_gpu.ends import ALONE, Ends, Writer
 from awq_jax_kernels.int4_matmul.pallas_gpu.fragment import UNIT
 from awq_jax_kernels.int4_matmul.pallas_gpu.plan import MATRIX, PLAIN, SCALAR, Plan, swizzled
 from awq_jax_kernels.int4_matmul.pallas_gpu.reader import Reader
@@ -28,14 +28,18 @@ from awq_jax_kernels.int4_matmul.pallas_gpu.reader import Reader
 __all__ = ["fused"]
 
 
-def fused(x: Any, weight: Any, scale: Any, zero: Any, config: BlockConfig) -> Any:
-    """``x @ ((q - zero) * scale)`` for x ``[m, k]`` with m < 8 or a multiple of 8; the rest as in `int4_matmul`."""
+def fused(x: Any, weight: Any, scale: Any, zero: Any, config: BlockConfig, ends: Ends = ALONE, *more: Any) -> Any:
+    """``x @ ((q - zero) * scale)`` for x ``[m, k]`` with m < 8 or a multiple of 8; the rest as in `int4_matmul`.
+
+    What `ends` reads comes behind it: squares, float32 ``[m, parts]``; the stream ``[m, n]`` and the norm's weight,
+    float32 ``[n]``. Where it adds, the results are the sum, the weighted sum and its squares.
+    """
     (m, k), (groups, n) = x.shape, scale.shape
-    plan = Plan(config, m, k, n, k // groups, x.dtype, scale.dtype, weight.dtype == jnp.int32, zero is not None)
+    plan = Plan(config, m, k, n, k // groups, x.dtype, scale.dtype, weight.dtype == jnp.int32, zero is not None, ends)
     operands = [x, weight, scale] + ([zero] if plan.zeros else [])
     call = plgpu.kernel(
         functools.partial(_body, plan),
-        out_type=jax.ShapeDtypeStruct((m, n), x.dtype),
+        out_type=plan.out,
         grid=(pl.cdiv(m, config.tokens), n // plan.strip),
         grid_names=("m", "n"),
         cluster=(config.split,),
@@ -48,12 +52,12 @@ def fused(x: Any, weight: Any, scale: Any, zero: Any, config: BlockConfig) -> An
         ),
         kernel_name="int4_matmul",
     )
-    return call(*operands)
+    return call(*operands, *more)
 
 
 def _body(plan: Plan, *refs: Any, **scratch: Any) -> None:
-    *sources, y = refs
-    c = plan.config
+    c, loaded = plan.config, 3 + plan.zeros
+    sources, around = refs[:loaded], refs[loaded:]
     warpgroup = lax.axis_index("warpgroup")
     block_n, block_m, part = lax.axis_index("n"), lax.axis_index("m"), lax.axis_index("split")
     each, extra = divmod(plan.k // c.step, c.split)
@@ -77,8 +81,13 @@ def _body(plan: Plan, *refs: Any, **scratch: Any) -> None:
         place, turn = lax.rem(warpgroup, jnp.int32(c.wide)), lax.div(warpgroup, jnp.int32(c.wide))
         reader = Reader(plan, scratch, place, turn)
         count = lax.div(steps - turn + (c.deep - 1), jnp.int32(c.deep))
+        gated = plan.ends.activation is not None  # places are a gate and what it gates: one column of y
+        where = (turn, block_m * c.tokens, block_n * plan.each + (0 if gated else place * CHANNELS))
+        room = plan.sharing.share <= 2  # in registers
+        kept = _read_ahead(plan, around, where) if room else ()
         total = reader.scaled_weight(count) if c.scale_weight else reader.scaled_result(count)
-        _finish(plan, total, scratch, y, place, turn, block_n, block_m)
+        kept = kept if room else _read_ahead(plan, around, where)
+        _finish(plan, total, scratch, around, kept, where, place)
 
 
 def _fetch(plan: Plan, sources: Any, scratch: Any, first: Any, steps: Any, block_n: Any, block_m: Any) -> None:
@@ -106,44 +115,73 @@ def _copies(plan: Plan, source: Any, target: Any, block_n: ir.Value, block_m: ir
     def times(value: ir.Value, factor: int) -> ir.Value:
         return arith.muli(value, mgpu.c(factor, index))
 
-    def tiles(step: ir.Value) -> Any:
+    def strip(j: int, channels: int) -> ir.Value:
+        """Where the channels of a place begin, counted in so many."""
+        return arith.addi(times(column, plan.each // channels), mgpu.c(j * plan.apart // channels, index))
+
+    def tiles(j: int, step: ir.Value) -> Any:
         units = c.step // UNIT
-        return (times(column, c.wide), c.wide), (times(step, units), units), (0, 4), (0, 256)
+        return strip(j, CHANNELS), (times(step, units), units), (0, 4), (0, 256)
 
     def packed(j: int, step: ir.Value) -> Any:
-        channel = arith.addi(times(column, plan.strip), mgpu.c(j * CHANNELS, index))
-        return (times(step, c.step // 2), c.step // 2), (channel, CHANNELS)
+        return (times(step, c.step // 2), c.step // 2), (strip(j, 1), CHANNELS)
 
     def rows_of_x(step: ir.Value) -> Any:
         return (times(token, c.tokens), c.tokens), (times(step, c.step), c.step)
 
-    def per_group(step: ir.Value) -> Any:
+    def per_group(j: int, step: ir.Value) -> Any:
         many = plan.g >= c.step  # steps to a group
         row = arith.divui(step, mgpu.c(plan.g // c.step, index)) if many else times(step, plan.rows)
-        return (row, plan.rows), (times(column, plan.strip), plan.strip)
+        return (row, plan.rows), (strip(j, 1), CHANNELS)
 
-    if plan.tiles:
-        copies = [pipeline.Copy(source[1], target[1], tiles)]
-    else:
-        of = lambda j: functools.partial(packed, j)
-        copies = [pipeline.Copy(source[1], target[1], of(j), (8, 128), j) for j in range(c.wide)]
-    copies.append(pipeline.Copy(source[0], target[0], rows_of_x, (8, 64)))
-    return copies + [pipeline.Copy(s, t, per_group) for s, t in zip(source[2:], target[2:], strict=True)]
+    window, tile = (tiles, None) if plan.tiles else (packed, (8, 128))
+    of_places = [(1, window, tile)] + [(i, per_group, None) for i in range(2, len(source))]
+    copies = [
+        pipeline.Copy(source[i], target[i], functools.partial(window, j), tile, j)
+        for i, window, tile in of_places
+        for j in range(c.wide)
+    ]
+    return [*copies[: c.wide], pipeline.Copy(source[0], target[0], rows_of_x, (8, 64)), *copies[c.wide :]]
 
 
-def _finish(plan: Plan, total: Any, scratch: Any, y: Any, place: Any, turn: Any, block_n: Any, block_m: Any) -> None:
-    """Sum over warpgroups and blocks, and write y."""
+def _read_ahead(plan: Plan, around: Any, where: Any) -> Any:
+    """What the results will meet, in registers."""
+    count = Writer.kept(plan.ends, plan.sharing)
+    if not count:
+        return ()
+
+    @plgpu.inline_mgpu(
+        arg_types=(*[PLAIN] * len(around), *[SCALAR] * 3),
+        return_type=(plgpu.ShapeDtypeStruct((), jnp.float32, layout=SCALAR),) * count,
+    )
+    def read(_: Any, *rest: Any) -> Any:
+        kept = _writer(plan, rest).read_ahead()
+        return tuple(mgpu.FragmentedArray.splat(value, ()) for value in kept)
+
+    return read(*around, *where)
+
+
+def _finish(plan: Plan, total: Any, scratch: Any, around: Any, kept: Any, where: Any, place: Any) -> None:
+    """Sum over warpgroups and blocks, and write the results."""
     c = plan.config
     mail, kind = (scratch["xs"], plgpu.RefType(swizzled(16))) if plan.mail_in_ring else (scratch["mail"], PLAIN)
 
-    @plgpu.inline_mgpu(arg_types=(MATRIX, kind, PLAIN, *[SCALAR] * 4))
-    def finish(_: Any, total: Any, mail: Any, y: Any, *scalars: Any) -> None:
-        turn, place, token, channel = (scalar.registers.flat[0] for scalar in scalars)
+    @plgpu.inline_mgpu(arg_types=(MATRIX, kind, SCALAR, *[SCALAR] * len(kept), *[PLAIN] * len(around), *[SCALAR] * 3))
+    def finish(_: Any, total: Any, mail: Any, *rest: Any) -> None:
+        place, *kept_floats = (scalar.registers.flat[0] for scalar in rest[: 1 + len(kept)])
+        turn = rest[-3].registers.flat[0]
         if plan.sharing.holders > 1:
             if plan.mail_in_ring:
                 combine.synchronize(128 * c.readers, c.split)
             combine.send(plan.sharing, total, mail, turn, place)
             combine.synchronize(128 * c.readers, c.split)
-        combine.write(plan.sharing, total, mail, y, turn, place, token, channel)
+        sums = combine.collect(plan.sharing, total, mail, turn, place)
+        _writer(plan, rest[1 + len(kept) :]).write(sums, kept_floats, mail, turn, place)
 
-    finish(total, mail, y, turn, place, block_m * c.tokens, block_n * plan.strip + place * CHANNELS)
+    finish(total, mail, place, *kept, *around, *where)
+
+
+def _writer(plan: Plan, rest: Any) -> Writer:
+    *refs, turn, token, channel = rest
+    where = (scalar.registers.flat[0] for scalar in (turn, token, channel))
+    return Writer(plan.ends, plan.sharing, plan.k, refs, *where)

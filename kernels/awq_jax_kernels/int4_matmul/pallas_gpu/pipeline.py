@@ -28,7 +28,7 @@ class Copy:
     Attributes:
       source: device memory.
       target: shared memory with a leading axis of slots, or of slots and parts.
-      window: for an index value of the step, ``((start, size), ...)`` over the axes of source.
+      window: for an index value of the step, ``(start, size)`` or one index for each axis of source.
       tile: the swizzled tile that shared memory is divided into, or None.
       part: index on the second axis of target, or None.
     """
@@ -54,7 +54,7 @@ class Copy:
         ctx.async_copy(
             src_ref=self.source,
             dst_ref=mgpu.memref_slice(self.target, where),
-            gmem_slice=tuple(mgpu.ds(start, size) for start, size in self.window(step)),
+            gmem_slice=tuple(mgpu.ds(*part) if isinstance(part, tuple) else part for part in self.window(step)),
             gmem_transform=() if self.tile is None else mgpu.TileTransform(self.tile),
             swizzle=None if self.tile is None else 128,
             barrier=mgpu.BarrierRef(barrier, const(0), const(0), 1),

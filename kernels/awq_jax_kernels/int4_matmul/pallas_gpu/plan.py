@@ -5,11 +5,13 @@ import dataclasses
 import math
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from awq_jax_kernels.int4_matmul.pallas_gpu import combine
 from awq_jax_kernels.int4_matmul.pallas_gpu.config import CHANNELS, BlockConfig
+from awq_jax_kernels.int4_matmul.pallas_gpu.ends import PART, Ends
 from awq_jax_kernels.int4_matmul.pallas_gpu.fragment import UNIT
 
 __all__ = ["MATRIX", "PLAIN", "SCALAR", "Plan", "swizzled"]
@@ -37,11 +39,33 @@ class Plan:
     scale_dtype: Any
     tiles: bool  # the weight is in tile order
     zeros: bool
+    ends: Ends
 
     @property
     def strip(self) -> int:
         """Channels of a block."""
         return CHANNELS * self.config.wide
+
+    @property
+    def columns(self) -> int:
+        """Columns of y: half of the weight's where one half gates the other."""
+        return self.n // 2 if self.ends.activation is not None else self.n
+
+    @property
+    def apart(self) -> int:
+        """Channels from one place of a block to the next: neighbours, or a gate and what it gates."""
+        return CHANNELS if self.ends.activation is None else self.n // 2
+
+    @property
+    def each(self) -> int:
+        """Channels from one block to the next."""
+        return self.strip if self.ends.activation is None else CHANNELS
+
+    @property
+    def out(self) -> Any:
+        """Shapes of the results."""
+        y = jax.ShapeDtypeStruct((self.m, self.columns), self.dtype)
+        return (y, y, jax.ShapeDtypeStruct((self.m, self.n // PART), jnp.float32)) if self.ends.adds else y
 
     @property
     def rows(self) -> int:
@@ -70,11 +94,11 @@ class Plan:
         scratch = {
             "xs": plgpu.SMEM((c.stages, c.tokens, c.step), self.dtype, transforms=swizzled(16)),
             "ws": codes,
-            "ss": plgpu.SMEM((c.stages, self.rows, self.strip), self.scale_dtype),
+            "ss": plgpu.SMEM((c.stages, c.wide, self.rows, CHANNELS), self.scale_dtype),
             "barriers": plgpu.SMEM((2 * c.stages, 2), jnp.int32),
         }
         if self.zeros:
-            scratch["zs"] = plgpu.SMEM((c.stages, self.rows, self.strip), jnp.int8)
+            scratch["zs"] = plgpu.SMEM((c.stages, c.wide, self.rows, CHANNELS), jnp.int8)
         if not self.mail_in_ring:
             scratch["mail"] = plgpu.SMEM(combine.mail_shape(self.sharing), jnp.float32)
         return scratch

@@ -44,7 +44,7 @@ class Reader:
 
     def per_group(self, name: str, slot: Any, rows: Any) -> Any:
         """This warpgroup's scales or zeros of some groups."""
-        return self.scratch[name].at[slot, rows, pl.ds(self.place * CHANNELS, CHANNELS)]
+        return self.scratch[name].at[slot, self.place, rows]
 
     def weight(self, slot: Any, unit: int) -> Any:
         """Dequantize 64 steps of the slot into registers."""
