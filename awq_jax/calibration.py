@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 
-__all__ = ["Samples", "check_vocabulary", "from_documents", "from_stream", "read_calibration"]
+__all__ = ["Samples", "check_vocabulary", "few_tokens", "from_documents", "from_stream", "read_calibration"]
 
 Encode = Callable[[str], list[int]]
 
@@ -24,12 +24,28 @@ class Samples:
       mask: bool ``[samples, seq_len]``, False on padding.
       source: shown in reports.
       notes: what was shortened or missing, in words.
+
+    Raises:
+      ValueError: they are not as above, or all padding.
     """
 
     tokens: np.ndarray
     mask: np.ndarray
     source: str
     notes: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        shapes = np.shape(self.tokens), np.shape(self.mask)
+        if shapes[0] != shapes[1] or len(shapes[0]) != 2 or self.mask.dtype != bool:
+            raise ValueError(
+                f"calibration {self.source}: tokens {shapes[0]} and mask {shapes[1]} of {self.mask.dtype}; both must "
+                "be [samples, seq_len], and the mask of booleans."
+            )
+        if not self.mask.any():  # nothing would be measured, and every layer rounded to nearest
+            raise ValueError(
+                f"calibration {self.source} is all padding: its mask is True for none of {self.mask.size} tokens. Set "
+                "it where tokens count."
+            )
 
     @property
     def count(self) -> int:
@@ -76,7 +92,7 @@ def from_documents(documents: Iterable[Sequence[int]], *, samples: int, seq_len:
     """
     kept = list(itertools.islice((ids for ids in documents if len(ids)), samples))  # no more are read than are used
     if not kept:
-        raise ValueError(f"calibration file {source} holds no tokens.")
+        raise ValueError(f"calibration file {source} holds no tokens; give lines that are not empty (--calib).")
     cut = sum(len(ids) > seq_len for ids in kept)
     kept = [ids[:seq_len] for ids in kept]
     width = max(map(len, kept))
@@ -171,5 +187,16 @@ def check_vocabulary(samples: Samples, vocab_size: int) -> None:
     if bad.size:
         raise ValueError(
             f"calibration {samples.source} has token id {int(bad[0])}, but the embedding has {vocab_size} rows. "
-            "The tokenizer does not belong to this checkpoint."
+            "The tokenizer does not belong to this checkpoint: encode the text with the one that came with it."
         )
+
+
+def few_tokens(samples: Samples, width: int) -> tuple[str, ...]:
+    """A note where fewer tokens than channels leave most directions of the widest input unseen."""
+    if samples.count >= width:
+        return ()
+    tokens = "1 token" if samples.count == 1 else f"{samples.count} tokens"
+    return (
+        f"{samples.source} holds {tokens} for inputs of up to {width} channels; what is searched fits these and little "
+        f"else. Give at least {16 * width} (--calib, --samples, --seq-len)",
+    )

@@ -17,26 +17,17 @@ import jax.numpy as jnp
 
 from awq_jax._plan import GroupPlan, LayerPlan
 from awq_jax._spec import Recipe
-from awq_jax.budget import Question, choose
+from awq_jax.admit import admit
+from awq_jax.budget import choose
 from awq_jax.gram_memory import blocked, gram_bytes
-from awq_jax.hidden_states import refuse_whole
 from awq_jax.hosts import Hosts
 from awq_jax.layer_step import no_statistics, observe_chunk, quantize_and_measure, quantize_observed
-from awq_jax.prepare import (
-    chunks_of,
-    kernel_shapes,
-    open_planned,
-    read_samples,
-    refuse_below_one,
-    refuse_long,
-    room_bytes,
-)
+from awq_jax.prepare import chunks_of, kernel_shapes, room_bytes
 from awq_jax.resume import refuse_output
 from awq_jax.sharding import Layout
 from awq_jax.streams import MEASURED
 from awq_jax_convert.hf import HFCheckpoint
 from awq_jax_convert.hf_config import FamilyChoice
-from awq_jax_convert.sink import refuse_overlap
 from awq_jax_convert.writer import SHARDS_BEHIND
 
 __all__ = ["DryRun", "LayerCost", "dry_run", "dry_run_directory", "layer_bytes", "layer_flops"]
@@ -174,7 +165,7 @@ def _step_bytes(
     layout: Layout,
     in_chunks: bool,
 ) -> int:
-    """What the compiled step of a layer, or the larger of its two, holds on one device."""
+    """What the compiled step of a layer, or its two where states come in chunks, holds on one device."""
     config, (count, b, t) = checkpoint.config, chunks
     states = lambda n: layout.hidden(jax.ShapeDtypeStruct((n, b, t, config.hidden_size), jnp.float32))
     mask = lambda n: layout.activations(jax.ShapeDtypeStruct((n, b, t), jnp.bool_))
@@ -191,10 +182,10 @@ def _step_bytes(
     total = jax.eval_shape(shapes, params, states(1), mask(1))
     sample = states(measured)
     ahead = 4 * b * t * config.hidden_size  # a chunk that is on its way
-    return max(
-        _held(observe_chunk.lower(params, total, states(1), mask(1), tokens=tokens, **step)) + ahead,
-        _held(quantize_observed.lower(params, total, sample, sample, mask(measured), **step)),
-    )
+    observed = _held(observe_chunk.lower(params, total, states(1), mask(1), tokens=tokens, **step)) + ahead
+    searched = _held(quantize_observed.lower(params, total, sample, sample, mask(measured), **step))
+    # malloc gives back little of what the first step held, an accelerator's allocator all.
+    return observed + searched if jax.default_backend() == "cpu" else max(observed, searched)
 
 
 def _held(lowered: Any) -> int:
@@ -311,31 +302,33 @@ def dry_run_directory(
       FileNotFoundError, FileExistsError, ValueError: bad input, named.
       OSError: the output can't be made where it is to be.
     """
-    refuse_below_one(samples=samples, seq_len=seq_len, batch=batch)
-    checkpoint, plans, recipe = open_planned(pathlib.Path(src), recipe, format, serve_tp, family)
-    refuse_whole(hidden_states, plans, budget, processes=1)
-    asked = None if budget is None else Question.of(checkpoint, plans, recipe, format, budget)
+    admitted = admit(
+        src,
+        out,
+        recipe=recipe,
+        format=format,
+        budget=budget,
+        calib=calib,
+        samples=samples,
+        seq_len=seq_len,
+        batch=batch,
+        mesh=mesh,
+        serve_tp=serve_tp,
+        family=family,
+        hidden_states=hidden_states,
+        processes=1,
+        dry=True,
+    )
     if out is not None:
-        refuse_overlap(checkpoint.path, pathlib.Path(out))
         refuse_output(out, resume, overwrite=overwrite)
-    found = None
-    if calib is not None or asked is not None:
-        found = read_samples(
-            checkpoint, None if calib is None else pathlib.Path(calib), samples=samples, seq_len=seq_len
-        )
-        samples, seq_len = found.tokens.shape
-    refuse_long(seq_len, checkpoint.config.max_position_embeddings)
-    if samples * seq_len >= 2**31:
-        raise ValueError(f"{samples} samples of {seq_len} tokens are more than 2**31 tokens; take fewer (--samples).")
-    keep = resume != "never"
-    chosen = None
-    if asked is not None and found is not None:
-        layout = Layout(mesh)
-        layout.refuse_batch(min(batch, samples))
-        chosen = choose(asked, chunks_of(found, batch), layout=layout, hosts=Hosts())
+    plans, chosen = admitted.plans, None
+    if admitted.question is not None and admitted.calib is not None:
+        batches = chunks_of(admitted.calib, batch)
+        chosen = choose(admitted.question, batches, layout=admitted.layout, hosts=Hosts())
         plans = chosen.applied(plans)
-    sizes = {"samples": samples, "seq_len": seq_len, "batch": batch}
-    made = dry_run(checkpoint, plans, **sizes, keep=keep, mesh=mesh, hidden_states=hidden_states)
+    sizes = {"samples": admitted.samples, "seq_len": admitted.seq_len, "batch": batch}
+    keep = resume != "never"
+    made = dry_run(admitted.checkpoint, plans, **sizes, keep=keep, mesh=mesh, hidden_states=hidden_states)
     return dataclasses.replace(made, budget=None if chosen is None else chosen.to_dict())
 
 

@@ -78,15 +78,12 @@ def _read_ahead(checkpoint: HFCheckpoint, start: int) -> Iterator[Any]:
 
 
 def _refuse_unusable(index: int, params: Any, outcome: LayerOutcome, *, strict: bool) -> None:
-    """Stop at what would be silently wrong: taps that saw nothing, scales outside their dtype's range."""
+    """Stop at what would be silently wrong: scales outside their dtype's range; with strict, activations too."""
     if strict and (taps := [tap for tap, finite in outcome.finite.items() if not np.all(finite)]):
         raise ValueError(
             f"activations at layers/{index}/{', '.join(taps)} are not finite; what reads them would be rounded to "
             "nearest. Look at the weights before them and at the calibration text, or leave out --strict."
         )
-    for tap, tokens in outcome.tokens.items():
-        if not np.sum(tokens):
-            raise ValueError(f"zero tokens were seen at layers/{index}/{tap}; nothing was measured there.")
     for path, leaf in leaves(params):
         if isinstance(leaf, QTensor):
             scale = np.asarray(leaf.scale).astype(np.float32)

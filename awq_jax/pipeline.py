@@ -12,10 +12,11 @@ import jax
 
 from awq_jax._plan import LayerPlan
 from awq_jax._spec import Recipe
-from awq_jax.budget import Chosen, Measuring, Question, choose, kept_beside
-from awq_jax.calibration import Samples, check_vocabulary
+from awq_jax.admit import admit
+from awq_jax.budget import Chosen, Measuring, choose, kept_beside
+from awq_jax.calibration import Samples
 from awq_jax.gram_memory import blocked
-from awq_jax.hidden_states import refuse_whole, waiting
+from awq_jax.hidden_states import waiting
 from awq_jax.hosts import together
 from awq_jax.layer_loop import Clock, Job, Progress, quantize_layers
 from awq_jax.model_card import model_card
@@ -24,21 +25,16 @@ from awq_jax.prepare import (
     chunks_of,
     expected_bytes,
     kernel_shapes,
-    open_planned,
-    read_samples,
-    refuse_below_one,
-    refuse_long,
     room_bytes,
     specs_of,
 )
 from awq_jax.report import LayerReport, LinearReport, Report
 from awq_jax.resume import Session, fingerprint, resuming
-from awq_jax.sharding import Layout
 from awq_jax_convert.formats import open_follower, open_writer
 from awq_jax_convert.hf import HFCheckpoint
 from awq_jax_convert.hf_config import FamilyChoice
 from awq_jax_convert.readers import unread
-from awq_jax_convert.sink import ModelWriter, refuse_overlap
+from awq_jax_convert.sink import ModelWriter
 
 __all__ = ["quantize_checkpoint"]
 
@@ -111,20 +107,26 @@ def quantize_checkpoint(
     """
     clock = Clock()
     with together(host_timeout) as hosts:
-        refuse_below_one(samples=samples, seq_len=seq_len, batch=batch)
-        layout = Layout(mesh)
-        with clock.phase("open"):
-            checkpoint, plans, recipe = open_planned(pathlib.Path(src), recipe, format, serve_tp, family)
-            refuse_overlap(checkpoint.path, pathlib.Path(out))
-            refuse_whole(hidden_states, plans, budget, hosts.count)
-            asked = None if budget is None else Question.of(checkpoint, plans, recipe, format, budget)
-        with clock.phase("calibration text"):
-            if not isinstance(calib, Samples):
-                path = None if calib is None else pathlib.Path(calib)
-                calib = read_samples(checkpoint, path, samples=samples, seq_len=seq_len)
-            check_vocabulary(calib, checkpoint.config.vocab_size)
-            refuse_long(calib.tokens.shape[1], checkpoint.config.max_position_embeddings)
-            layout.refuse_batch(min(batch, len(calib.tokens)))
+        admitted = admit(
+            src,
+            out,
+            recipe=recipe,
+            format=format,
+            budget=budget,
+            calib=calib,
+            samples=samples,
+            seq_len=seq_len,
+            batch=batch,
+            mesh=mesh,
+            serve_tp=serve_tp,
+            family=family,
+            hidden_states=hidden_states,
+            processes=hosts.count,
+            clock=clock,
+        )
+        checkpoint, plans, recipe = admitted.checkpoint, admitted.plans, admitted.recipe
+        asked, layout, calib = admitted.question, admitted.layout, admitted.calib
+        assert calib is not None
         with clock.phase("fingerprint"):
             decided = {"recipe": dataclasses.asdict(recipe), "format": format, "batch": batch}
             decided |= {} if checkpoint.hf.table is None else {"table": checkpoint.hf.table}

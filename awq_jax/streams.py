@@ -143,7 +143,8 @@ class InChunks:
             if index < self._measured:
                 outputs.append(out)
             self._waiting[index] = np.asarray(out)[0]
-        sample = (jnp.concatenate(parts) for parts in (inputs, outputs, self._mask[: self._measured]))
+        sample = [jnp.concatenate(parts) for parts in (inputs, outputs, self._mask[: self._measured])]
+        del inputs, outputs  # they are in the sample: the device need not hold them twice
         return self._layout.fetch(_awaited(quantize_observed(params, total, *sample, **step)))
 
     def _chunk(self, index: int) -> jax.Array:
