@@ -19,7 +19,7 @@ import sys
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from awq_jax.cli import joining
+from awq_jax.cli import joining, out_of_memory
 from awq_jax.cli.family_option import add_family
 
 if TYPE_CHECKING:
@@ -323,6 +323,8 @@ def _dry_run(args: argparse.Namespace, recipe: "Recipe", fmt: str, about: dict[s
 
 def run(args: argparse.Namespace) -> int:
     """Quantize."""
+    from awq_jax.resume import store_of
+
     if args.budget is not None and args.bits is not None:
         raise ValueError("--budget chooses the widths, so it does not go with --bits. Leave one of them out.")
     plain = args.budget is None and args.bits in (None, 4)
@@ -332,7 +334,8 @@ def run(args: argparse.Namespace) -> int:
     recipe = _recipe(args, fmt)
     about = {"src": str(args.src), "out": str(args.out), "format": fmt}
     if args.dry_run:
-        _dry_run(args, recipe, fmt, about)
+        with out_of_memory.explained(args, store_of(args.out)):
+            _dry_run(args, recipe, fmt, about)
         return 0
 
     from rich.console import Console
@@ -340,7 +343,6 @@ def run(args: argparse.Namespace) -> int:
 
     from awq_jax.cli.stopping import stoppable
     from awq_jax.pipeline import quantize_checkpoint
-    from awq_jax.resume import store_of
     from awq_jax.sharding import parse_mesh
 
     mesh = parse_mesh(args.mesh) if args.mesh else None
@@ -355,7 +357,9 @@ def run(args: argparse.Namespace) -> int:
         TextColumn("{task.description}"),
     )
     bars = Progress(*columns, console=console, disable=args.quiet or not sys.stderr.isatty())
-    with _kept(store_of(args.out)), stoppable() as stop, bars as bar, joining.stdout_kept(several):
+    store = store_of(args.out)
+    explained = out_of_memory.explained(args, store)
+    with explained, _kept(store), stoppable() as stop, bars as bar, joining.stdout_kept(several):
         task = bar.add_task("reading and compiling", total=None)
 
         def advance(layer: "LayerReport", layers: int) -> None:

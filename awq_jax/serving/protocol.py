@@ -17,6 +17,7 @@ _KNOWN = {
     "completion": _COMMON | {"prompt"},
     "chat": _COMMON | {"messages", "max_completion_tokens"},
 }
+_ROLES = ("system", "developer", "user", "assistant", "tool", "function")  # a template writes others as they come
 # Accepted where they ask for nothing.
 _IDLE: dict[str, tuple[Any, ...]] = {
     "n": (1, None),
@@ -83,6 +84,8 @@ class Asked:
         """
         default = 16 if self.kind == "completion" else max(room, 1)
         limit = default if self.max_tokens is None else self.max_tokens
+        if limit < 1:
+            raise Refusal(400, f"max_tokens is {limit}; it must be at least 1.", "max_tokens")
         try:
             return Request(prompt=prompt, max_new_tokens=limit, stop_tokens=stop_tokens, **self.options)
         except ValueError as error:
@@ -160,6 +163,9 @@ def _messages(body: Mapping[str, Any]) -> list[dict[str, Any]]:
     for message in messages:
         if not isinstance(message, dict) or not isinstance(message.get("role"), str):
             raise Refusal(400, "each message must be an object with a role and a content.", "messages")
+        if message["role"] not in _ROLES:
+            said = f"role {json.dumps(message['role'])[:80]} is none of {', '.join(_ROLES)}."
+            raise Refusal(400, said, "messages")
         content = message.get("content")
         if isinstance(content, list):
             parts: list[Any] = [part.get("text") if isinstance(part, dict) else None for part in content]

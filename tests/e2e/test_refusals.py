@@ -12,11 +12,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
 import torch
 from safetensors.numpy import load_file, save_file
 
+from awq_jax import layer_loop
 from awq_jax.cli import main
 from awq_jax_convert.hf import HFCheckpoint
 from tests.e2e.conftest import SIZES, make_source, save_text_tools
@@ -249,6 +251,68 @@ def test_torch_is_never_imported(llama: Oracle, tmp_path: Path):
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == "False"
     assert torch  # it is installed here, so that the line above could have been True
+
+
+EXHAUSTED = "RESOURCE_EXHAUSTED: Out of memory while trying to allocate 123 bytes.\nBufferAssignment: a long table"
+
+
+@pytest.mark.parametrize(
+    ("error", "options", "said", "unsaid"),
+    [
+        (
+            jax.errors.JaxRuntimeError(EXHAUSTED),
+            [],
+            "a device ran out of memory (RESOURCE_EXHAUSTED: Out of memory while trying to allocate 123 bytes). Less "
+            "is taken with --hidden-states host or disk, --samples below 2, --seq-len below 32, --batch below 8",
+            "a long table",
+        ),
+        (jax.errors.JaxRuntimeError(EXHAUSTED), ["--refine", "1"], "with --samples below 2", "--hidden-states"),
+        (jax.errors.JaxRuntimeError(EXHAUSTED), ["--hidden-states", "host"], "with --seq-len below 32", "--samples"),
+        (
+            MemoryError(),
+            [],
+            "the host ran out of memory. Less is taken with --hidden-states disk, --resume never",
+            "()",
+        ),
+        (
+            MemoryError("Unable to allocate 2 GiB"),
+            ["--resume", "never"],
+            "(Unable to allocate 2 GiB)",
+            "--resume never",
+        ),
+    ],
+)
+def test_whose_memory_ran_out_is_said_and_what_lowers_it(
+    llama: Oracle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys, error, options: list[str], said, unsaid
+):
+    def fail(*args: object, **options: object) -> None:
+        raise error
+
+    monkeypatch.setattr("awq_jax.layer_loop.float32", fail)
+    arguments = ["quantize", str(llama.path), str(tmp_path / "out"), "--calib", str(llama.path / "text.txt"), *FAST]
+    assert main([*arguments, *options]) == 1
+    heard = capsys.readouterr().err
+    assert said in heard and unsaid not in heard and "--dry-run says how much" in heard
+    assert not list(tmp_path.iterdir())
+
+
+def test_layers_finished_before_memory_ran_out_are_kept_and_named(
+    llama: Oracle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+):
+    def fail(layer: Any) -> Any:
+        done.append(layer)
+        if len(done) > 1:
+            raise MemoryError
+        return grow(layer)
+
+    done: list[Any] = []
+    grow = layer_loop.float32
+    arguments = ["quantize", str(llama.path), str(tmp_path / "out"), "--calib", str(llama.path / "text.txt"), *FAST]
+    with monkeypatch.context() as patched:
+        patched.setattr(layer_loop, "float32", fail)
+        assert main(arguments) == 1
+    assert f"The finished layers in {tmp_path / '.out.resume'} serve the same options" in capsys.readouterr().err
+    assert main([*arguments, "--resume", "required"]) == 0
 
 
 @pytest.mark.parametrize("dry", [[], ["--dry-run"]])

@@ -113,8 +113,7 @@ def test_the_device_holds_no_more_for_more_samples(source: Path):
         checkpoint, plans, samples=samples, seq_len=64, batch=2, hidden_states=where
     )  # fmt: skip
     few, many = (cost(samples, "disk") for samples in (64, 512))
-    # Not a byte for a sample: the programs hold another count of tokens as a constant, and a few temporaries differ.
-    assert abs(many.device_bytes - few.device_bytes) < 0.01 * few.device_bytes < 0.01 * cost(512, "device").device_bytes
+    assert many.device_bytes <= few.device_bytes < cost(512, "device").device_bytes
     grown = 4 * (512 - 64) * 64 * checkpoint.config.hidden_size
     assert cost(512, "host").host_bytes - few.host_bytes == cost(512, "disk").host_bytes - few.host_bytes  # mapped
     assert cost(512, "host").host_bytes >= grown and many.disk_bytes - few.disk_bytes == 4 * grown  # three are kept

@@ -233,6 +233,38 @@ def test_browsers_of_other_sites_are_refused(running):
     assert running.post(ask("a"), host="evil.example")[0] == 400
 
 
+@pytest.mark.parametrize(
+    ("path", "change", "said"),
+    [
+        ("completions", {"temperature": float("nan")}, "temperature is nan"),
+        ("completions", {"temperature": float("inf")}, "temperature is inf"),
+        ("completions", {"top_p": float("nan")}, "top_p is nan"),
+        ("completions", {"max_tokens": -3}, "max_tokens is -3"),
+        ("chat/completions", {"messages": [{"role": "wizard", "content": "a"}]}, 'role "wizard" is none of'),
+    ],
+)
+def test_what_makes_no_sense_is_answered_and_the_next_is_served(running, offline, path, change, said):
+    body = {name: value for name, value in ask(TEXTS[6]).items() if path == "completions" or name != "prompt"}
+    status, answer = running.post({**body, **change}, f"/v1/{path}")
+    assert status == 400 and said in answer["error"]["message"]
+    assert answer["error"]["type"] == "invalid_request_error"
+    assert running.get("/health")[0] == 200
+    assert running.post(ask(TEXTS[6]))[1]["choices"][0]["text"] == offline[TEXTS[6]]
+
+
+def test_only_this_machine_reaches_it(native, monkeypatch, capsys):
+    from awq_jax.cli import main
+
+    heard = []
+    look = lambda server, sockets: heard.extend((one.family, one.getsockname()) for one in sockets)
+    monkeypatch.setattr(uvicorn.Server, "run", look)
+    monkeypatch.setattr(Engine, "compile", lambda engine: None)
+    assert main(["serve", str(native), "--port", "0"]) == 0
+    ((family, (host, port)),) = heard
+    assert (family, host) == (socket.AF_INET, "127.0.0.1")
+    assert f"http://127.0.0.1:{port}/v1" in capsys.readouterr().out
+
+
 def test_a_full_queue_says_so(running):
     held = [begin_stream(running, tokens=90) for _ in range(4)]
     engine = running.served.worker.engine

@@ -2,6 +2,7 @@
 """Text that comes in pieces, templates that come from strangers, bodies that come from clients."""
 
 import json
+import math
 
 import pytest
 from hypothesis import given, settings
@@ -91,6 +92,7 @@ def test_a_damaged_template_is_refused_when_it_is_read():
         ("chat", b'{"messages": []}', "at least one"),
         ("chat", b'{"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}', "only text"),
         ("chat", b'{"messages": [{"role": "user"}]}', "must be text"),
+        ("chat", b'{"messages": [{"role": "wizard", "content": "a"}]}', 'role "wizard" is none of system, developer'),
     ],
 )
 def test_bodies_that_are_refused(kind, body, said):
@@ -113,11 +115,19 @@ def test_numbers_of_any_size_are_understood():
         parse("completion", b'{"prompt": "a", "temperature": 1' + b"0" * 400 + b"}")
 
 
-@pytest.mark.parametrize(("field", "value"), [("temperature", -1), ("top_p", 0), ("top_k", 0), ("max_tokens", 0)])
-def test_numbers_out_of_range_are_refused(field, value):
-    asked = parse("completion", json.dumps({"prompt": "a", field: value}).encode())
-    with pytest.raises(Refusal):
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        *(("temperature", value) for value in (-1.0, 101.0, math.nan, math.inf)),
+        *(("top_p", value) for value in (0.0, -0.5, 1.5, math.nan, math.inf)),
+        *(("top_k", 0), ("top_k", -(10**30)), ("max_tokens", 0), ("max_tokens", -5)),
+    ],
+)
+def test_numbers_out_of_range_are_refused_by_their_names(field, value):
+    asked = parse("completion", json.dumps({"prompt": "a", field: value}).encode())  # NaN as Python's json writes it
+    with pytest.raises(Refusal, match=f"{field} is {value}; it must") as caught:
         asked.request((1,), 10, ())
+    assert caught.value.status == 400
 
 
 def test_a_template_that_is_a_link_out_of_the_checkpoint_is_not_read(tmp_path):
