@@ -43,23 +43,28 @@ def main() -> None:
     a = p.parse_args()
     config = shrunk(dataclasses.replace(CONFIG, num_layers=a.layers), a.shrink)
     rows: list[dict[str, Any]] = []
+    found = {"jax": jax.__version__, "device": jax.devices()[0].device_kind, "date": time.strftime("%Y-%m-%d")}
+    found |= {"layers": config.num_layers, "context": CONTEXT, "rows": rows}
+
+    def add(row: dict[str, Any]) -> None:
+        rows.append(row)
+        print(json.dumps(row), file=sys.stderr, flush=True)
+        if a.json:  # whatever ends the next one, this one is kept
+            a.json.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+
     for chips in map(int, a.chips.split(",")):
         mesh = Mesh(np.array(jax.devices()[:chips]), ("tp",))
         for weights in ("int4", "bf16"):
             shapes = shapes_of(config, chips, dense=weights == "bf16")
             row = {"chips": chips, "weights": weights, "gb_a_chip": round(bytes_of(shapes) / chips / 1e9, 2)}
             if not fits(row["gb_a_chip"]):
-                rows.append({**row, "left out": "does not fit"})
+                add({**row, "left out": "does not fit"})
             else:
                 params = made(mesh, config, shapes)
-                rows += [{**row, **timed(mesh, config, params, int(b), a.steps)} for b in a.batch.split(",")]
+                for b in a.batch.split(","):
+                    add({**row, **timed(mesh, config, params, int(b), a.steps)})
                 del params
-            print(json.dumps(rows[-1]), file=sys.stderr, flush=True)
-    found = {"jax": jax.__version__, "device": jax.devices()[0].device_kind, "date": time.strftime("%Y-%m-%d")}
-    text = json.dumps({**found, "layers": config.num_layers, "context": CONTEXT, "rows": rows}, indent=1)
-    print(text)
-    if a.json:
-        a.json.write_text(text + "\n", encoding="utf-8")
+    print(json.dumps(found, indent=1))
 
 
 def shrunk(config: Any, by: int) -> Any:

@@ -12,6 +12,7 @@ float64. ``--layers`` and ``--shrink`` make a model to rehearse with. `llama_8b_
 
 import argparse
 import concurrent.futures
+import contextlib
 import json
 import pathlib
 import subprocess
@@ -37,6 +38,7 @@ def main() -> None:
     p.add_argument("--shrink", type=int, default=1, help="divides every width")
     p.add_argument("--method", default="awq")
     p.add_argument("--mesh", action="append", default=[], metavar="AXIS=N,…", help="of stage meshes, in turn")
+    p.add_argument("--unwritten", action="store_true", help="of stage meshes: each once more, nothing written")
     p.add_argument("--name", help="of the quantized model, int4-NAME in HOME (the method)")
     p.add_argument("--option", action="append", default=[], help="handed on to awq-jax quantize")
     p.add_argument("--json", type=pathlib.Path)
@@ -165,26 +167,40 @@ def meshes(a: argparse.Namespace) -> dict[str, Any]:
     import jax
 
     from awq_jax.pipeline import quantize_checkpoint
+    from benchmarks.layer_seconds import Enough, medians, steps_timed, unwritten
+
+    def run(text: str, steps: dict[str, list[float]], name: str, end: bool) -> dict[str, Any]:
+        mesh = {axis: int(size) for axis, size in (part.split("=") for part in text.split(","))}
+        ends = [time.perf_counter()]
+
+        def progress(_: Any, count: int) -> None:
+            ends.append(time.perf_counter())
+            if end and len(ends) > count:
+                raise Enough
+
+        report = None
+        with contextlib.suppress(Enough):
+            out = a.home / name
+            report = quantize_checkpoint(
+                a.home / "dense", out, calib=a.home / "calib.jsonl", mesh=mesh, resume="never", progress=progress
+            )
+        wall, each = time.perf_counter() - ends[0], np.diff(ends[1:])
+        row = {"mesh": text, "wall_s": wall, "a_layer_s": float(np.median(each[1:])), "layers_s": each.tolist()}
+        row |= {"seconds": report.seconds if report else None, "steps_s": medians(steps)}
+        peaks = [(device.memory_stats() or {}).get("peak_bytes_in_use", 0) / 1e9 for device in jax.devices()]
+        return {**row, "shards_s": steps.get("shard", []), "peaks_gb": peaks}
 
     rows = []
     for text in a.mesh:
-        mesh = {axis: int(size) for axis, size in (part.split("=") for part in text.split(","))}
-        ends: list[float] = []
-        begun = time.perf_counter()
-        report = quantize_checkpoint(
-            a.home / "dense",
-            a.home / f"int4-{text}",
-            calib=a.home / "calib.jsonl",
-            mesh=mesh,
-            resume="never",
-            progress=lambda *_, ends=ends: ends.append(time.perf_counter()),
-        )
-        wall = time.perf_counter() - begun
-        peaks = [(device.memory_stats() or {}).get("peak_bytes_in_use", 0) / 1e9 for device in jax.devices()]
-        a_layer = float(np.median(np.diff(ends[1:])))
-        row = {"mesh": text, "wall_s": wall, "a_layer_s": a_layer, "seconds": report.seconds, "peaks_gb": peaks}
-        rows.append(row)
-        print(json.dumps(row), file=sys.stderr, flush=True)
+        with steps_timed() as steps:
+            rows.append(run(text, steps, f"int4-{text}", end=False))
+        print(json.dumps(rows[-1]), file=sys.stderr, flush=True)
+        if a.unwritten:
+            with unwritten(), steps_timed() as steps:
+                rows.append({"unwritten": True, **run(text, steps, "int4-unwritten", end=True)})
+            print(json.dumps(rows[-1]), file=sys.stderr, flush=True)
+        if a.json:  # whatever ends the next mesh, this one is kept
+            a.json.write_text(json.dumps({**versions(), "layers": a.layers, "rows": rows}, indent=1), encoding="utf-8")
     return {**versions(), "layers": a.layers, "rows": rows}
 
 
