@@ -4,6 +4,7 @@
 import dataclasses
 import errno
 import os
+import types
 from pathlib import Path
 
 import numpy as np
@@ -106,7 +107,9 @@ def test_a_full_disk_is_told_before_a_layer_is_quantized(source, tmp_path, monke
     assert not (tmp_path / "out").exists()
 
 
-def test_the_device_holds_no_more_for_more_samples(source: Path):
+def test_the_device_holds_no_more_for_more_samples(source: Path, monkeypatch: pytest.MonkeyPatch):
+    # This process counts as well, and grows with every program it compiles.
+    monkeypatch.setattr("awq_jax.dry_run.resource.getrusage", lambda _: types.SimpleNamespace(ru_maxrss=1))
     checkpoint = HFCheckpoint.open(source)
     plans = plans_of(checkpoint, RECIPE)
     cost = lambda samples, where: dry_run(
@@ -115,5 +118,5 @@ def test_the_device_holds_no_more_for_more_samples(source: Path):
     few, many = (cost(samples, "disk") for samples in (64, 512))
     assert many.device_bytes <= few.device_bytes < cost(512, "device").device_bytes
     grown = 4 * (512 - 64) * 64 * checkpoint.config.hidden_size
-    assert cost(512, "host").host_bytes - few.host_bytes == cost(512, "disk").host_bytes - few.host_bytes  # mapped
-    assert cost(512, "host").host_bytes >= grown and many.disk_bytes - few.disk_bytes == 4 * grown  # three are kept
+    assert cost(512, "host").host_bytes == many.host_bytes  # the file is mapped while it is kept
+    assert many.host_bytes - few.host_bytes == grown and many.disk_bytes - few.disk_bytes == 4 * grown  # three are kept
