@@ -20,11 +20,9 @@ from awq_jax.serving.cache import SlotCache
 from awq_jax.serving.mlp import GatedMlp
 from awq_jax_kernels.gated import ACTIVATIONS
 from awq_jax_kernels.int4_matmul.tiles import is_tiled
-from awq_jax_kernels.stream import Stream, add_product, normed, product, start
+from awq_jax_kernels.stream import FEW, Stream, add_product, normed, product, start
 
 __all__ = ["chained", "chained_logits", "is_chain"]
-
-FEW = 32  # rows for which the products have room for more than a product
 
 
 def is_chain(model: Decoder, h: Float[Array, "b t d"]) -> bool:

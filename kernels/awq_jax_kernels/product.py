@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-__all__ = ["check_groups", "check_rows", "frozen_weight", "over_leading_axes", "shapes_of"]
+__all__ = ["check_groups", "check_rows", "frozen_weight", "over_leading_axes", "shapes_of", "unmapped"]
 
 
 def shapes_of(**operands: Any) -> str:
@@ -75,3 +75,24 @@ def frozen_weight(product: Callable[..., Any], input_cotangent: Callable[..., An
 def _still(leaf: Any) -> Any:
     """The cotangent of an operand that is frozen."""
     return jnp.zeros_like(leaf) if jnp.issubdtype(leaf.dtype, jnp.floating) else np.zeros(leaf.shape, jax.dtypes.float0)
+
+
+def unmapped(kernel: Callable[..., Any], definition: Callable[..., Any]) -> Callable[..., Any]:
+    """The kernel; mapped over an axis, its definition: a bulk copy reads whole operands and not a slice of a stack.
+
+    Args:
+      kernel: of operands that are arrays, trees of them or None.
+      definition: computes the same.
+    """
+
+    @jax.custom_batching.custom_vmap
+    def run(*operands: Any) -> Any:
+        return kernel(*operands)
+
+    @run.def_vmap
+    def _(size: int, mapped: Any, *operands: Any) -> tuple[Any, Any]:
+        axes = jax.tree.map(lambda over: 0 if over else None, tuple(mapped))
+        y = jax.vmap(definition, axes, axis_size=size)(*operands)
+        return y, jax.tree.map(lambda _: True, y)
+
+    return run

@@ -12,7 +12,7 @@ from awq_jax_kernels.gated.api import check, gated
 from awq_jax_kernels.gated.reference import of_halves
 from awq_jax_kernels.int4_matmul import int4_matmul, pallas_tpu
 from awq_jax_kernels.int4_matmul.tiles import is_tiled, rows_shape
-from awq_jax_kernels.product import check_groups, check_rows, shapes_of
+from awq_jax_kernels.product import check_groups, check_rows, shapes_of, unmapped
 
 __all__ = ["gated_int4_matmul"]
 
@@ -80,14 +80,5 @@ def _apart(activation: str, product: Any, *weight: Any) -> Any:
 @functools.cache
 def _in_one(activation: str, config: Any) -> Any:
     """The kernel; mapped over an axis, the two one after the other."""
-
-    @jax.custom_batching.custom_vmap
-    def run(*operands: Any) -> Any:
-        return pallas_tpu.multiply_halves(*operands, of_halves=of_halves(activation), config=config)
-
-    @run.def_vmap
-    def _(size: int, mapped: Any, *operands: Any) -> tuple[Any, bool]:
-        axes = jax.tree.map(lambda over: 0 if over else None, tuple(mapped))
-        return jax.vmap(functools.partial(_apart, activation), axes, axis_size=size)(*operands), True
-
-    return run
+    kernel = functools.partial(pallas_tpu.multiply_halves, of_halves=of_halves(activation), config=config)
+    return unmapped(kernel, functools.partial(_apart, activation))

@@ -115,15 +115,14 @@ def scaled(wide: ir.Value, factor: ir.Value) -> ir.Value:
 def dot(a: ir.Value, b: ir.Value) -> ir.Value:
     """The sum of products of two vectors' elements, in one chain of fused operations."""
     result = value(0.0)
-    for i in range(ir.VectorType(a.type).shape[0]):
-        result = fma(llvm.extractelement(a, const(i)), llvm.extractelement(b, const(i)), result)
+    for x, y in zip(parts(a), parts(b), strict=True):
+        result = fma(x, y, result)
     return result
 
 
 def each(function: Callable[[ir.Value], ir.Value], wide: ir.Value) -> ir.Value:
     """A function of every element of a vector."""
-    count = ir.VectorType(wide.type).shape[0]
-    return vector.from_elements(wide.type, [function(llvm.extractelement(wide, const(i))) for i in range(count)])
+    return vector_of([function(part) for part in parts(wide)])
 
 
 def float_instruction(name: str, operand: ir.Value) -> ir.Value:

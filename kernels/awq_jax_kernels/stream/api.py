@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, Float32, Int8, Int32
 from awq_jax_kernels.dispatch import Way, cuda, dispatch
 from awq_jax_kernels.gated.api import check
 from awq_jax_kernels.int4_matmul.tiles import rows_shape
-from awq_jax_kernels.product import check_groups, check_rows, shapes_of
+from awq_jax_kernels.product import check_groups, check_rows, shapes_of, unmapped
 from awq_jax_kernels.stream import pallas_gpu, reference
 from awq_jax_kernels.stream.reference import Stream, normed
 
@@ -137,20 +137,7 @@ def _check(x: Any, packed: Any, scale: Any, zero: Any) -> None:
 @functools.cache
 def _alone(kernel: Any, definition: Any, **bound: Any) -> Any:
     """The kernel, lowered once for all layers; mapped over an axis, the definition."""
-
-    jitted = jax.jit(functools.partial(kernel, **bound))
-
-    @jax.custom_batching.custom_vmap
-    def run(*operands: Any) -> Any:
-        return jitted(*operands)
-
-    @run.def_vmap
-    def _(size: int, mapped: Any, *operands: Any) -> tuple[Any, Any]:
-        axes = jax.tree.map(lambda over: 0 if over else None, tuple(mapped))
-        y = jax.vmap(functools.partial(definition, **bound), axes, axis_size=size)(*operands)
-        return y, jax.tree.map(lambda _: True, y)
-
-    return run
+    return unmapped(jax.jit(functools.partial(kernel, **bound)), functools.partial(definition, **bound))
 
 
 def _what(name: str, x: Any, scale: Any) -> str:

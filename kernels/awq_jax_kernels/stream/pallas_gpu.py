@@ -6,10 +6,10 @@ from typing import Any
 from jaxtyping import Array
 
 from awq_jax_kernels.int4_matmul import pallas_gpu
-from awq_jax_kernels.int4_matmul.pallas_gpu import Ends
+from awq_jax_kernels.int4_matmul.pallas_gpu import FEW, Ends
 from awq_jax_kernels.stream.reference import Stream
 
-__all__ = ["add_product", "product", "refusal_to_add", "refusal_to_multiply"]
+__all__ = ["FEW", "add_product", "product", "refusal_to_add", "refusal_to_multiply"]
 
 
 def refusal_to_multiply(stream: Stream, *weight: Any, eps: float, activation: str | None) -> str | None:

@@ -13,12 +13,12 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int8, Int32
 
 from awq_jax_kernels.int4_matmul.pallas_gpu.config import BlockConfig, choose, derive, paired
-from awq_jax_kernels.int4_matmul.pallas_gpu.ends import PART, Ends
+from awq_jax_kernels.int4_matmul.pallas_gpu.ends import Ends
 from awq_jax_kernels.int4_matmul.pallas_gpu.kernel import fused
 from awq_jax_kernels.mosaic_gpu.device import unsuitable
 
 __all__ = [
-    "BlockConfig", "Ends", "choose", "derive", "int4_matmul", "int4_matmul_between", "supports", "supports_ends",
+    "FEW", "BlockConfig", "Ends", "choose", "derive", "int4_matmul", "int4_matmul_between", "supports", "supports_ends",
 ]  # fmt: skip
 
 FLOATS = ("bfloat16", "float16")
@@ -87,8 +87,6 @@ def supports_ends(x: Any, packed: Any, scale: Any, zero: Any = None, *, ends: En
         return f"{m} rows of x are more than {FEW}"
     if ends.activation is not None and (n % 256 or k // groups < 128):
         return f"halves of n={n} are no multiples of 128, or groups of {k // groups} are shorter than that"
-    if ends.adds and n % PART:
-        return f"n={n} is no multiple of {PART}"
     return supports(x, packed, scale, zero)
 
 
