@@ -45,8 +45,10 @@ def test_decode_stays_within_its_instructions(m, tiles):
         BlockConfig(16, split=3),
         BlockConfig(128, deep=2, stages=5, split=3, scale_weight=True),
         BlockConfig(16, deep=2, stages=10),
+        BlockConfig(16, wide=2, deep=2, stages=8),
         BlockConfig(32),
-        BlockConfig(64, deep=2, stages=7, scale_weight=True),
+        BlockConfig(32, wide=2, deep=2, stages=7),
+        BlockConfig(64, deep=2, stages=8, scale_weight=True),
         BlockConfig(64, wide=2, deep=1, stages=5, split=2, scale_weight=True),
         BlockConfig(128, deep=2, stages=5, scale_weight=True),
         BlockConfig(128, wide=2, deep=1, stages=4, split=2, scale_weight=True),
@@ -58,7 +60,7 @@ def test_every_cut_compiles_without_spills(config, tiles):
     kernel_of(gpu.compile_program(gpu_static.program(config.tokens, K, N, tiles=tiles, config=config)))
 
 
-@pytest.mark.parametrize("config", [None, BlockConfig(64, deep=2, stages=7, scale_weight=True)])
+@pytest.mark.parametrize("config", [None, BlockConfig(64, deep=2, stages=8, scale_weight=True)])
 @pytest.mark.parametrize(
     ("dtype", "scale_dtype", "zeros"), [("float16", "float16", True), ("bfloat16", "float32", False)]
 )
@@ -86,7 +88,7 @@ def test_what_lies_around_a_product_costs_its_loop_nothing(m, k, n, ends):
 
 def test_a_product_in_flight_and_the_next_operand_share_no_registers():
     """The loop that keeps one product in flight makes two operands in turn; the second may not overwrite the first."""
-    config = BlockConfig(64, deep=2, stages=7, scale_weight=True)
+    config = BlockConfig(64, deep=2, stages=8, scale_weight=True)
     kernel = kernel_of(gpu.compile_program(gpu_static.program(64, K, N, tiles=True, config=config)))
     operands = [line.split(",")[1].strip() for line in kernel.products]
     first, second = operands[:8], operands[8:]

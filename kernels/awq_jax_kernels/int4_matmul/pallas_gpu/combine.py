@@ -16,7 +16,9 @@ from jaxlib.mlir.dialects import arith, gpu, llvm, scf, vector
 
 from awq_jax_kernels.mosaic_gpu.registers import asm, const, element_pointer
 
-__all__ = ["Sharing", "collect", "exchange", "holder", "mail_shape", "send", "synchronize"]
+__all__ = [
+    "Sharing", "announce", "collect", "exchange", "holder", "mail_shape", "open_mail", "send", "synchronize",
+]  # fmt: skip
 
 VECTORS = 128 * 16  # bytes of one vector of every thread of a warpgroup
 
@@ -58,6 +60,23 @@ def synchronize(threads: int, cluster: int) -> None:
         asm(f"bar.sync 15, {threads};", "")
     else:
         asm("barrier.cluster.arrive.release.aligned;\n barrier.cluster.wait.acquire.aligned;", "")
+
+
+def announce(cluster: int) -> None:
+    """Tell the blocks of the cluster that this one runs; all of its threads do, and `open_mail` waits for it."""
+    if cluster > 1:
+        asm("barrier.cluster.arrive.relaxed.aligned;", "")
+
+
+def open_mail(threads: int, cluster: int, in_ring: bool) -> None:
+    """Wait until mail may be written: every block runs and, where mail lies in the ring, has drained it.
+
+    Shared memory of a block that has not begun is nobody's, and blocks of a cluster need not begin together.
+    """
+    if in_ring:
+        synchronize(threads, cluster)
+    elif cluster > 1:
+        asm("barrier.cluster.wait.acquire.aligned;", "")
 
 
 def _vector(total: mgpu.FragmentedArray, block: int, e: int) -> ir.Value:

@@ -21,7 +21,7 @@ class BlockConfig:
       deep: warpgroups that take turns over the steps of the same channels.
       split: blocks of a cluster that share the contraction, 1..8.
       step: contraction steps fetched at once, a multiple of 128.
-      stages: slots of the ring.
+      stages: slots of the ring, `deep` or more; a multiple of it saves a wait for each step.
       scale_weight: scale the codes (rounded to the dtype of x) and not the float32 results.
     """
 
@@ -47,6 +47,8 @@ class BlockConfig:
         """Why these blocks can't cut a ``[k, n]`` weight with groups of g rows, or None."""
         if not (self.tokens in range(8, 129, 8) and self.readers in (1, 2, 3, 4) and self.split in (1, 2, 3, 4, 8)):
             return "needs tokens 8..128 in eights, wide * deep 1..4 and split 1, 2, 3, 4 or 8"
+        if self.stages < self.deep:
+            return f"stages={self.stages} must be at least deep={self.deep}: a slot for each warpgroup"
         if self.step % 128 or k % self.step or k // self.step < self.split:
             return f"step={self.step} must be a multiple of 128 that cuts k={k} into split={self.split} parts or more"
         if n % (CHANNELS * self.wide):
@@ -85,7 +87,7 @@ def derive(m: int, k: int, n: int, g: int, *, exact: bool) -> BlockConfig:
     if tokens <= 32:
         config = BlockConfig(tokens, scale_weight=scale_weight)
     elif tokens == 64:
-        config = BlockConfig(tokens, deep=2, stages=7, scale_weight=scale_weight)
+        config = BlockConfig(tokens, deep=2, stages=8, scale_weight=scale_weight)
     elif m > 128 and n % 256 == 0:
         config = BlockConfig(tokens, wide=2, deep=1, stages=4, scale_weight=True)
     else:
@@ -99,7 +101,7 @@ def paired(config: BlockConfig) -> BlockConfig:
     """A config for up to 32 rows of x whose blocks hold a gate and what it gates side by side: this one, if it does."""
     if config.wide == 2 and config.deep > 1 and config.split == 1:
         return config
-    return dataclasses.replace(config, wide=2, deep=2, split=1, stages=8 if config.tokens == 8 else 7)
+    return dataclasses.replace(config, wide=2, deep=2, split=1, stages=8 if config.tokens <= 16 else 7)
 
 
 def tuned_key(m: int, k: int, n: int) -> str:

@@ -120,10 +120,18 @@ def fetch(ctx: Any, barriers: ir.Value, copies: list[Copy], first: ir.Value, ste
         asm("bar.warp.sync 0xffffffff;", "")
 
 
-def wait_full(barriers: ir.Value, step: ir.Value) -> None:
-    """Wait until all bytes of a step, counted from this block's first, are in its slot."""
+def wait_full(barriers: ir.Value, step: ir.Value, deep: int) -> None:
+    """Wait until all bytes of a step, counted from this block's first, are in its slot.
+
+    A barrier tells one use of a slot from the next by a single bit. Where warpgroups that take turns (`deep`) also take
+    turns in a slot, the bytes of its use before, which another warpgroup reads, may still be on their way when all that
+    were asked for after them are here: then the bit is the one that is waited for. That use's release comes first.
+    """
     stages = ir.MemRefType(barriers.type).shape[0] // 2
     slot, use = arith.remui(step, const(stages)), arith.divui(step, const(stages))
+    if stages % deep:
+        with mgpu.when(arith.cmpi(arith.CmpIPredicate.ugt, use, const(0))):
+            _wait(_free(barriers, slot), arith.andi(arith.subi(use, const(1)), const(1)))
     _wait(_full(barriers, slot), arith.andi(use, const(1)))
 
 
