@@ -6,7 +6,6 @@ import functools
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
 
 from awq_jax_kernels.int4_matmul import pallas_gpu
@@ -91,8 +90,8 @@ def test_extremes(rng, codes, zeros):
 def test_the_same_answer_every_time(config):
     """A race moves from run to run; the order of this kernel's sums is fixed.
 
-    Weights come from device memory, whose bytes may arrive in another order than they were asked for: of 20,000 products
-    some saw a slot's bytes of one turn for those of the next (`tests.kernels.test_ring`).
+    Weights come from device memory, whose bytes may arrive in another order than they were asked for: a slot's bytes of
+    one turn were once taken for those of the next (`tests.kernels.test_ring`).
     """
     k, n, keys = 4096, 28672, jax.random.split(jax.random.key(0), 3)
     packed = jax.lax.bitcast_convert_type(jax.random.bits(keys[0], (k // 2, n), jnp.uint8), jnp.int8)

@@ -30,7 +30,7 @@ class State:
 
 @dataclasses.dataclass(frozen=True)
 class Ring:
-    """How many slots there are, how many warpgroups, how many steps, and whether a slot's last release is waited for."""
+    """How many slots, warpgroups and steps there are, and whether a reader waits for its slot's last release."""
 
     stages: int
     deep: int
@@ -63,9 +63,7 @@ class Ring:
         for turn, step in enumerate(s.next):
             change = lambda x, value, turn=turn: (*x[:turn], value, *x[turn + 1 :])
             if s.reading[turn]:
-                yield dataclasses.replace(
-                    s, next=change(s.next, step + self.deep), reading=change(s.reading, False)
-                )
+                yield dataclasses.replace(s, next=change(s.next, step + self.deep), reading=change(s.reading, False))
             elif step < self.steps and self.sees(s, step):
                 yield dataclasses.replace(s, reading=change(s.reading, True))
 
