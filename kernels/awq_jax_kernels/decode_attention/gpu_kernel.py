@@ -98,8 +98,6 @@ def body(plan: Plan, *args: ir.Value) -> None:
     qkv, lengths, *rest = args
     turns, rest = (rest[:2], rest[2:]) if plan.turned else (None, rest)
     k, v, y, *scratch, head = rest
-    if plan.split > 1:
-        asm("barrier.cluster.arrive.relaxed.aligned;", "")  # waited for before any block writes to another
     block = _Block(plan, head)
     length = llvm.extractelement(lanes.read_integers(lengths, block.sequence, 1), const(0))
     queries, key, value = block.projected(qkv, turns, k)
@@ -238,8 +236,6 @@ class _Block:
                 lanes.write(tops, of_query, lanes.splat(state.top[i], 1))  # every lane writes the same
                 lanes.write(sums, of_query, lanes.splat(state.sum[i], 1))
         asm("bar.sync 0;", "")
-        if plan.split > 1:
-            asm("barrier.cluster.wait.acquire.aligned;", "")
 
         def of_block(output: Any, query: Any) -> None:
             top, total, value = self._merged(plan.warps, values, tops, sums, output, query)

@@ -16,9 +16,7 @@ from jaxlib.mlir.dialects import arith, gpu, llvm, scf, vector
 
 from awq_jax_kernels.mosaic_gpu.registers import asm, const, element_pointer
 
-__all__ = [
-    "Sharing", "announce", "collect", "exchange", "holder", "mail_shape", "open_mail", "send", "synchronize",
-]  # fmt: skip
+__all__ = ["Sharing", "collect", "exchange", "holder", "mail_shape", "send", "synchronize"]
 
 VECTORS = 128 * 16  # bytes of one vector of every thread of a warpgroup
 
@@ -62,23 +60,6 @@ def synchronize(threads: int, cluster: int) -> None:
         asm("barrier.cluster.arrive.release.aligned;\n barrier.cluster.wait.acquire.aligned;", "")
 
 
-def announce(cluster: int) -> None:
-    """Tell the blocks of the cluster that this one runs; all of its threads do, and `open_mail` waits for it."""
-    if cluster > 1:
-        asm("barrier.cluster.arrive.relaxed.aligned;", "")
-
-
-def open_mail(threads: int, cluster: int, in_ring: bool) -> None:
-    """Wait until mail may be written: every block runs and, where mail lies in the ring, has drained it.
-
-    Shared memory of a block that has not begun is nobody's, and blocks of a cluster need not begin together.
-    """
-    if in_ring:
-        synchronize(threads, cluster)
-    elif cluster > 1:
-        asm("barrier.cluster.wait.acquire.aligned;", "")
-
-
 def _vector(total: mgpu.FragmentedArray, block: int, e: int) -> ir.Value:
     """Four channels of token ``8 block + 2 c + e``."""
     index = (block, 0, 0)
@@ -111,7 +92,10 @@ def _mailbox(sharing: Sharing, mail: ir.Value, owner: int, sender: ir.Value, pla
 
 
 def send(sharing: Sharing, total: mgpu.FragmentedArray, mail: ir.Value, turn: ir.Value, place: ir.Value) -> None:
-    """Send every other holder its vectors of this warpgroup's tile; `place` is the tile's number in the block."""
+    """Send every other holder its vectors of this warpgroup's tile; `place` is the tile's number in the block.
+
+    All blocks of the cluster have begun, so their memory is theirs: a Mosaic GPU kernel starts with its cluster's barrier.
+    """
     me, i32 = holder(sharing, turn), ir.IntegerType.get_signless(32)
     for owner in range(sharing.holders):
         with mgpu.when(arith.cmpi(arith.CmpIPredicate.ne, me, const(owner))):

@@ -64,20 +64,15 @@ def _body(plan: Plan, *refs: Any, **scratch: Any) -> None:
     steps = each + (part < extra).astype(jnp.int32)
     first = part * each + jnp.minimum(part, extra)
 
-    @plgpu.inline_mgpu(arg_types=(PLAIN,))
-    def begin(_: Any, barriers: Any) -> None:
-        pipeline.initialize(barriers, c.wide)
-        if not plan.mail_in_ring:
-            combine.announce(c.split)
-
-    begin(scratch["barriers"])
+    plgpu.inline_mgpu(arg_types=(PLAIN,))(lambda _, barriers: pipeline.initialize(barriers, c.wide))(
+        scratch["barriers"]
+    )
 
     @pl.when(warpgroup == c.readers)
     def _() -> None:
         plgpu.set_max_registers(c.registers[1], action="decrease")
         _fetch(plan, sources, scratch, first, steps, block_n, block_m)
-        if c.split > 1:  # a cluster's barrier counts these threads too
-            plgpu.inline_mgpu()(lambda _: combine.open_mail(0, c.split, plan.mail_in_ring))()
+        for _ in range((1 + plan.mail_in_ring) * (c.split > 1)):  # a cluster's barrier counts these threads too
             plgpu.inline_mgpu()(lambda _: combine.synchronize(0, c.split))()
 
     @pl.when(warpgroup < c.readers)
@@ -176,7 +171,8 @@ def _finish(plan: Plan, total: Any, scratch: Any, around: Any, kept: Any, where:
         place, *kept_floats = (scalar.registers.flat[0] for scalar in rest[: 1 + len(kept)])
         turn = rest[-3].registers.flat[0]
         if plan.sharing.holders > 1:
-            combine.open_mail(128 * c.readers, c.split, plan.mail_in_ring)
+            if plan.mail_in_ring:
+                combine.synchronize(128 * c.readers, c.split)
             combine.send(plan.sharing, total, mail, turn, place)
             combine.synchronize(128 * c.readers, c.split)
         sums = combine.collect(plan.sharing, total, mail, turn, place)
