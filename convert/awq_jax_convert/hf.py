@@ -4,6 +4,7 @@
 import dataclasses
 import os
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,8 @@ from awq_jax_convert.shapes import expected_shape, implied_paths
 from awq_jax_convert.source import Checkpoint, cast
 
 __all__ = ["HFCheckpoint"]
+
+_AT_ONCE = 4  # tensors that are read, checked and decoded side by side: a layer of them has three large ones
 
 
 @dataclasses.dataclass(frozen=True)
@@ -211,12 +214,15 @@ class HFCheckpoint(Checkpoint):
 
     def _tree(self, paths: Iterable[str], prefix: str, dtype: Any) -> dict[str, Any]:
         tree: dict[str, Any] = {}
-        for path in paths:
+        paths = list(paths)
+        with ThreadPoolExecutor(_AT_ONCE) as pool:
+            read = list(pool.map(lambda path: self._read(path, dtype), paths))
+        for path, array in zip(paths, read, strict=True):
             node = tree
             *parents, leaf = path.removeprefix(prefix).split("/")
             for key in parents:
                 node = node.setdefault(key, {})
-            node[leaf] = self._read(path, dtype)
+            node[leaf] = array
         return tree
 
     def layer(self, index: int, dtype: Any = np.float32) -> dict[str, Any]:
