@@ -111,7 +111,8 @@ def candidate_scales(
 
 def gram_loss(error: Float[Array, "k n"], stats: ActStats) -> Float[Array, ""]:
     """``tr(D' G D) / tokens``: the squared output error of one token, summed over outputs."""
-    return jnp.vdot(error, times(stats.gram, error)) / jnp.maximum(stats.count, 1.0)
+    # Not a `vdot`: it lays both out in one row, and a mesh that shares the outputs would gather them for it.
+    return jnp.sum(error * times(stats.gram, error)) / jnp.maximum(stats.count, 1.0)
 
 
 def _of_activations(

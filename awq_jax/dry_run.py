@@ -143,8 +143,8 @@ def layer_flops(
     return forward * passes + sum(_group_flops(g, plan, widths, tokens) for g in plan.groups)
 
 
-def _abstract_layer(checkpoint: HFCheckpoint, index: int) -> dict[str, Any]:
-    """A layer's parameter tree with shapes for arrays."""
+def _abstract_layer(checkpoint: HFCheckpoint, index: int, *, stored: bool = False) -> dict[str, Any]:
+    """A layer's parameter tree with shapes for arrays, of float32 or as they are stored."""
     tree: dict[str, Any] = {}
     prefix = f"layers/{index}/"
     for path in checkpoint.paths():
@@ -153,8 +153,18 @@ def _abstract_layer(checkpoint: HFCheckpoint, index: int) -> dict[str, Any]:
             *parents, leaf = path.removeprefix(prefix).split("/")
             for key in parents:
                 node = node.setdefault(key, {})
-            node[leaf] = jax.ShapeDtypeStruct(checkpoint.shape(path), jnp.float32)
+            dtype = checkpoint.stored_dtype(path) if stored else jnp.float32
+            node[leaf] = jax.ShapeDtypeStruct(checkpoint.shape(path), dtype)
     return tree
+
+
+def _coming_bytes(checkpoint: HFCheckpoint, index: int, layout: Layout) -> int:
+    """What a layer that waits for its turn takes of one device; a CPU's memory has it among the layers as read."""
+    if jax.default_backend() == "cpu":
+        return 0
+    arrays = jax.tree.leaves(layout.layer(_abstract_layer(checkpoint, index, stored=True)))
+    part = lambda array: array.shape if array.sharding is None else array.sharding.shard_shape(array.shape)
+    return sum(array.dtype.itemsize * _size(part(array)) for array in arrays)
 
 
 def _step_bytes(
@@ -171,7 +181,7 @@ def _step_bytes(
     mask = lambda n: layout.activations(jax.ShapeDtypeStruct((n, b, t), jnp.bool_))
     params, tokens = layout.layer(_abstract_layer(checkpoint, index)), count * b * t
     measured = min(count, max(1, round(MEASURED / (b * t))))
-    step: dict[str, Any] = {"config": config.of_layer(index), "plan": plan, "gathered": layout.gathered}
+    step: dict[str, Any] = {"config": config.of_layer(index), "plan": plan, "placing": layout.placing}
     if not in_chunks:
         stream = states(count) if plan.propagate else None
         whole = quantize_and_measure.lower(
@@ -240,6 +250,7 @@ def dry_run(
     layout = Layout(mesh)
     layout.refuse_batch(batch)
     device = max(_step_bytes(checkpoint, index, plan, chunks, layout, in_chunks) for (_, plan), index in steps.items())
+    device += max(_coming_bytes(checkpoint, index, layout) for index in range(1, len(plans))) if plans[1:] else 0
     quantized = kernel_shapes(checkpoint, plans)
     saved = sum(layer.bytes_before - layer.bytes_after for layer in layers)
     after = checkpoint.nbytes - saved

@@ -65,16 +65,19 @@ class Job:
     waiting: OnHost | OnDisk | None = None  # where hidden states are between two layers, if not on the device
 
 
-def _read_ahead(checkpoint: HFCheckpoint, start: int) -> Iterator[Any]:
-    """The layers in order; the next one is read while the current one is worked on."""
-    wanted = range(start, checkpoint.config.num_layers)
+def _read_ahead(checkpoint: HFCheckpoint, layout: Layout, start: int) -> Iterator[Any]:
+    """The layers in order, as they are stored, on the devices; while one is worked on the next one travels.
+
+    Whoever takes a layer has it alone: it leaves the devices when it has become float32.
+    """
+    read = lambda index: layout.layer(checkpoint.layer(index, None))
     with ThreadPoolExecutor(1) as reader:
-        pending = [reader.submit(checkpoint.layer, index, None) for index in wanted[:1]]
-        for index in wanted:
-            layer = pending.pop().result()
-            if index + 1 in wanted:
-                pending.append(reader.submit(checkpoint.layer, index + 1, None))
-            yield layer
+        coming = [reader.submit(read, start)] if start < checkpoint.config.num_layers else []
+        for following in range(start + 1, checkpoint.config.num_layers + 1):
+            layer = [coming.pop().result()]
+            if following < checkpoint.config.num_layers:
+                coming.append(reader.submit(read, following))
+            yield layer.pop()
 
 
 def _refuse_unusable(index: int, params: Any, outcome: LayerOutcome, *, strict: bool) -> None:
@@ -152,13 +155,13 @@ def quantize_layers(
     else:
         streams.begin(stem)
     del stem, kept
+    layers = _read_ahead(checkpoint, job.layout, resumed)
     with Behind() as behind:
-        for index, params in enumerate(_read_ahead(checkpoint, resumed), resumed):
+        for index in range(resumed, checkpoint.config.num_layers):
             plan = job.plans[index]
             job.hosts.meet(f"layer {index}")
             with clock.phase("quantize"):
-                params = float32(job.layout.layer(params))
-                outcome = streams.through(params, checkpoint.config.of_layer(index), plan)
+                outcome = streams.through(float32(next(layers)), checkpoint.config.of_layer(index), plan)
             _refuse_unusable(index, outcome.layer.params, outcome, strict=job.strict)
             report = layer_report(index, plan, outcome)
             with clock.phase("read and write"):

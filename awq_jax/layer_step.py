@@ -24,6 +24,7 @@ from awq_jax._stats import ActStats, calibrate, merge, observe
 from awq_jax._tree import get, put
 from awq_jax.models.config import DecoderConfig
 from awq_jax.models.functional import block, part
+from awq_jax.placing import ALONE, Placing
 from awq_jax.propagate import reobserver
 from awq_jax.refine import Batch, refine
 
@@ -65,7 +66,9 @@ class LayerOutcome:
     magnitudes: Any
 
 
-def observer(config: DecoderConfig, plan: LayerPlan, tokens: int) -> Callable[[Params, Any], Any]:
+def observer(
+    config: DecoderConfig, plan: LayerPlan, tokens: int, placing: Placing = ALONE
+) -> Callable[[Params, Any], Any]:
     """(params, (hidden, mask)) -> (statistics by tap, layer output)."""
     histogram = any(rule.statistic == "percentile" for rule in plan.search.rules)
 
@@ -80,7 +83,8 @@ def observer(config: DecoderConfig, plan: LayerPlan, tokens: int) -> Callable[[P
             elif name in plan.taps:
                 stride = plan.search.stride(tokens, x.shape[-1])
                 rows = plan.gram_block(name, x.shape[-1])
-                seen[name] = observe(x, mask, block=rows, stride=stride, histogram=histogram)
+                stats = observe(x, mask, block=rows, stride=stride, histogram=histogram)
+                seen[name] = dataclasses.replace(stats, gram=placing.cut(stats.gram))
 
         return seen, block(config, params, hidden, tap=tap)
 
@@ -173,7 +177,7 @@ def _refined(
 
 @partial(
     jax.jit,
-    static_argnames=("config", "plan", "measured", "tokens", "gathered"),
+    static_argnames=("config", "plan", "measured", "tokens", "placing"),
     donate_argnames=("hidden", "stream"),
 )
 def quantize_and_measure(
@@ -186,7 +190,7 @@ def quantize_and_measure(
     plan: LayerPlan,
     measured: int = 1,
     tokens: int | None = None,
-    gathered: Callable[[Params], Params] | None = None,
+    placing: Placing = ALONE,
 ) -> LayerOutcome:
     """Quantize one layer on its calibration inputs and choose between the search's result and round to nearest.
 
@@ -199,32 +203,31 @@ def quantize_and_measure(
       plan: of this layer.
       measured: chunks that the output error is measured on, and the block objective and int8 activations are scored on.
       tokens: how many of the mask are True, for `SearchSpec.stride`; None takes all for tokens.
-      gathered: puts parameters where samples pass through them (`awq_jax.sharding`); None leaves them.
+      placing: where values lie on a mesh.
     """
     tokens = tokens or mask.size
-    gathered = gathered or (lambda params: params)
-    whole = gathered(params)
+    whole, observed = placing.gathered(params), observer(config, plan, tokens, placing)
     forward = lambda version, chunks: jax.lax.map(lambda h: block(config, version, h), chunks)
     if plan.propagate:
         assert stream is not None
-        stats, _ = calibrate(observer(config, plan, tokens), whole, (stream, mask), has_aux=True)
+        stats, _ = calibrate(observed, whole, (stream, mask), has_aux=True)
         outputs = forward(whole, hidden)
         reobserve = reobserver(config, hidden, stream, mask)
     elif plan.refine is not None:
-        stats, outputs = calibrate(observer(config, plan, tokens), whole, (hidden, mask), has_aux=True)
+        stats, outputs = calibrate(observed, whole, (hidden, mask), has_aux=True)
         stream, reobserve = hidden, None
     else:
         # Outputs take the place of the inputs, which are gigabytes; what is measured on is read before.
         kept: Array
         hidden, kept = jax.lax.optimization_barrier((hidden, hidden[:measured]))
-        stats, outputs = calibrate(observer(config, plan, tokens), whole, (hidden, mask), has_aux=True, in_place=True)
+        stats, outputs = calibrate(observed, whole, (hidden, mask), has_aux=True, in_place=True)
         hidden, stream, reobserve = kept, kept, None
     sample = jax.tree.map(lambda a: a[:measured], (hidden, stream, outputs, mask))
     refined = None
     if plan.refine is not None:
         refined = partial(_refined, config, batches=(stream, outputs, mask), how=plan.refine, measured=measured)
-    outcome = _chosen(params, stats, sample, config, plan, gathered, reobserve, refined)
-    after = forward(dequantize_tree(gathered(outcome.layer.params)), stream) if plan.propagate else None
+    outcome = _chosen(params, stats, sample, config, plan, placing, reobserve, refined)
+    after = forward(dequantize_tree(placing.gathered(outcome.layer.params)), stream) if plan.propagate else None
     return dataclasses.replace(outcome, hidden=outputs, stream=after)
 
 
@@ -234,21 +237,21 @@ def _chosen(
     sample: tuple[Array, Array, Array, Array],
     config: DecoderConfig,
     plan: LayerPlan,
-    gathered: Callable[[Params], Params],
+    placing: Placing,
     reobserve: Any = None,
     refined: Callable[[QuantizedLayer], QuantizedLayer] | None = None,
 ) -> LayerOutcome:
     """Search on statistics, and on a sample (hidden, stream, outputs, mask) choose between the result and rounding."""
     sample = jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), sample)
     _, inputs, _, keep = sample
-    whole = gathered(params)
+    stats, whole = placing.everywhere(stats), placing.gathered(params)
     loss = block_loss(config, whole, inputs, keep, plan) if plan.search.objective == "block" else lambda group: None
     samples = _samples(config, whole, inputs, keep, plan)
     searched = quantize_layer(params, stats, plan, loss, reobserve, samples)
     if refined is not None:
         searched = refined(searched)
     rounded = round_layer(params, plan, stats)
-    error, rtn_error = _relative_errors(config, [gathered(searched.params), gathered(rounded)], *sample)
+    error, rtn_error = _relative_errors(config, [placing.gathered(searched.params), placing.gathered(rounded)], *sample)
     helped = error <= rtn_error  # False where the error is NaN
     chosen = jax.tree.map(lambda a, b: jnp.where(helped, a, b), searched.params, rounded)
     finite = {tap: jnp.isfinite(s.abs_sum).all() & jnp.isfinite(s.gram).all() for tap, s in stats.items()}
@@ -278,7 +281,7 @@ def no_statistics(
     return jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), seen)
 
 
-@partial(jax.jit, static_argnames=("config", "plan", "tokens", "gathered"), donate_argnames=("total", "hidden"))
+@partial(jax.jit, static_argnames=("config", "plan", "tokens", "placing"), donate_argnames=("total", "hidden"))
 def observe_chunk(
     params: Params,
     total: dict[str, ActStats],
@@ -288,19 +291,18 @@ def observe_chunk(
     config: DecoderConfig,
     plan: LayerPlan,
     tokens: int,
-    gathered: Callable[[Params], Params] | None = None,
+    placing: Placing = ALONE,
 ) -> tuple[dict[str, ActStats], Array]:
     """Send one chunk ``[1, b, t, d]`` through a layer: statistics with its own added, and what comes out.
 
     Chunk after chunk, then `quantize_observed`: that is `quantize_and_measure` where hidden states wait elsewhere.
     """
-    params = params if gathered is None else gathered(params)
-    observed = observer(config, plan, tokens)
-    seen, outputs = calibrate(observed, params, (hidden, mask), has_aux=True, in_place=True)
+    observed = observer(config, plan, tokens, placing)
+    seen, outputs = calibrate(observed, placing.gathered(params), (hidden, mask), has_aux=True, in_place=True)
     return {tap: merge(total[tap], seen[tap]) for tap in total}, outputs
 
 
-@partial(jax.jit, static_argnames=("config", "plan", "gathered"))
+@partial(jax.jit, static_argnames=("config", "plan", "placing"))
 def quantize_observed(
     params: Params,
     stats: dict[str, ActStats],
@@ -310,7 +312,7 @@ def quantize_observed(
     *,
     config: DecoderConfig,
     plan: LayerPlan,
-    gathered: Callable[[Params], Params] | None = None,
+    placing: Placing = ALONE,
 ) -> LayerOutcome:
     """Quantize one layer on statistics of all chunks; the first ones, in and out, are what it is measured on."""
-    return _chosen(params, stats, (hidden, hidden, outputs, mask), config, plan, gathered or (lambda tree: tree))
+    return _chosen(params, stats, (hidden, hidden, outputs, mask), config, plan, placing)

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Where a quantization's arrays lie: on one device, or over a mesh. The code that computes does not know."""
 
-import dataclasses
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -16,8 +15,9 @@ from jax.sharding import PartitionSpec as P
 
 from awq_jax._plan import GroupPlan, LayerPlan
 from awq_jax.families import Linear
+from awq_jax.placing import Placing, axes_of_weight
 
-__all__ = ["AXES", "Gathered", "Layout", "parse_mesh", "refuse_straddling"]
+__all__ = ["AXES", "Layout", "parse_mesh", "refuse_straddling"]
 
 AXES = ("data", "fsdp", "model")
 _SIZES = (256, 128, 64, 32, 16)
@@ -46,7 +46,7 @@ class Layout:
 
     Samples are spread over ``data`` and ``fsdp``, outputs of a weight over ``model``, its inputs over ``fsdp``. Within
     one process the outputs are spread over ``data`` too: a search looks at each output by itself, so devices that see
-    other samples share it, and only the forward pass gathers the weights (`Gathered`). An axis of a weight that does
+    other samples share it, and only the forward pass gathers the weights (`Placing`). An axis of a weight that does
     not divide evenly stays whole. Shapes (`jax.ShapeDtypeStruct`) are placed like arrays.
 
     Of several processes each puts its own part of what all of them hold; ``data`` is the outermost axis, so that it
@@ -148,40 +148,12 @@ class Layout:
     def layer(self, params: Any) -> Any:
         """One layer's parameters as they are searched: matrices ``[*b, k, n]`` are spread, vectors are not."""
         columns = ("model", "data") if self._processes == 1 else ("model",)
-        return jax.tree.map(lambda array: self._put(array, *_of_weight(array.shape, self._sizes, columns)), params)
+        return jax.tree.map(lambda array: self._put(array, *axes_of_weight(array.shape, self._sizes, columns)), params)
 
     @property
-    def gathered(self) -> "Gathered | None":
-        """What undoes of `layer` the spreading over devices that see other samples, inside `jax.jit`."""
-        if self._mesh is None or self._processes > 1 or self._sizes["data"] == 1:
-            return None
-        return Gathered(self._mesh)
-
-
-@dataclasses.dataclass(frozen=True)
-class Gathered:
-    """Weights as samples pass through them: outputs over ``model``, inputs over ``fsdp``, whole along ``data``."""
-
-    mesh: jax.sharding.Mesh
-
-    def __call__(self, params: Any) -> Any:
-        """The same values, in another place."""
-
-        def gather(array: Any) -> Any:
-            place = P(*_of_weight(array.shape, dict(self.mesh.shape), ("model",)))
-            return jax.lax.with_sharding_constraint(array, NamedSharding(self.mesh, place))
-
-        return jax.tree.map(gather, params)
-
-
-def _of_weight(shape: Sequence[int], sizes: Mapping[str, int], columns: tuple[str, ...]) -> tuple[Any, ...]:
-    """Mesh axes of a matrix ``[*b, k, n]``: of ``columns`` as many as divide n, ``fsdp`` for k; a vector has none."""
-    if len(shape) < 2:
-        return ()
-    *b, k, n = shape
-    while columns and n % math.prod(sizes[name] for name in columns):
-        columns = columns[:-1]
-    return (*(None for _ in b), "fsdp" if k % sizes["fsdp"] == 0 else None, columns or None)
+    def placing(self) -> Placing:
+        """The same inside `jax.jit`."""
+        return Placing(self._mesh, shared=self._processes == 1 and self._sizes["data"] > 1)
 
 
 @jax.jit

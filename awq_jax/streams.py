@@ -86,7 +86,7 @@ class Whole:
                 plan=plan,
                 measured=self._measured,
                 tokens=self._counted,
-                gathered=self._layout.gathered,
+                placing=self._layout.placing,
             )
         )
         self._hidden = self._layout.hidden(outcome.hidden)
@@ -131,7 +131,7 @@ class InChunks:
 
     def through(self, params: Any, config: DecoderConfig, plan: LayerPlan) -> LayerOutcome:
         """Quantize the next layer, as `Whole` does."""
-        step: dict[str, Any] = {"config": config, "plan": plan, "gathered": self._layout.gathered}
+        step: dict[str, Any] = {"config": config, "plan": plan, "placing": self._layout.placing}
         hidden, inputs, outputs = self._chunk(0), [], []
         total = no_statistics(params, hidden, self._mask[0], config, plan, self._counted)
         for index, mask in enumerate(self._mask):

@@ -40,11 +40,11 @@ def steps_timed() -> Iterator[dict[str, list[float]]]:
 
     read_ahead = layer_loop._read_ahead
 
-    def read(checkpoint: Any, start: int) -> Iterator[Any]:
-        layers = read_ahead(checkpoint, start)
-        following = timed("wait for reading", lambda: next(layers, None))
-        while (layer := following()) is not None:
-            yield layer
+    def read(*args: Any) -> Iterator[Any]:
+        layers = read_ahead(*args)
+        following = timed("wait for reading", lambda: [next(layers, None)])
+        while (layer := following())[0] is not None:
+            yield layer.pop()
 
     class Behind(layer_loop.Behind):
         do = timed("wait for writing", layer_loop.Behind.do)

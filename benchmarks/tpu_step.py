@@ -129,7 +129,7 @@ def _child(case: str) -> dict[str, Any]:
         plan=plan,
         measured=max(1, round(MEASURED / (chunks[1] * chunks[2]))),
         tokens=tokens,
-        gathered=layout.gathered,
+        placing=layout.placing,
     )
     begun = time.perf_counter()
     memory: Any = traced.lower(lowering_platforms=("tpu",)).compile().memory_analysis()
