@@ -2,6 +2,7 @@
 """The verbs run unchanged on eight devices, however they are spread, and find what one device finds."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -121,3 +122,18 @@ def test_a_scale_found_on_eight_devices_gives_the_codes_of_one(problem):
     for places in (P(None, "i"), P("i", None)):
         got = fold_and_round(jax.device_put(w, NamedSharding(MESH(("i",)), places)), t)
         jax.tree.map(np.testing.assert_array_equal, got, wanted)
+
+
+def test_devices_that_share_outputs_send_each_other_no_weight(problem):
+    """What a candidate costs does not depend on the link: sums by channel and losses travel, not errors of weights."""
+    x, w = problem
+    stats = observe(x)
+    shared = jax.ShapeDtypeStruct(w.shape, w.dtype, sharding=NamedSharding(MESH(("i",)), P(None, "i")))
+    text = jax.jit(lambda w: search_scale(stats, [w], SEARCH, SPEC)).lower(shared).compile().as_text()
+    sent = re.findall(
+        r"= (.*) (?:all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute)(?:-start)?\(", text
+    )
+    sizes = [
+        np.prod([int(n) for n in dims.split(",") if n]) for shapes in sent for dims in re.findall(r"\[(.*?)\]", shapes)
+    ]
+    assert sizes and max(sizes) <= 2 * K, sent
