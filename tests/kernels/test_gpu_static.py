@@ -84,6 +84,14 @@ def test_what_lies_around_a_product_costs_its_loop_nothing(m, k, n, ends):
     assert sum(per_weight.values()) <= BUDGET[True] + (0.4 if m == 32 else 0), per_weight
 
 
+@pytest.mark.parametrize(("stages", "waits"), [(7, 2), (8, 1)])
+def test_a_slot_that_goes_from_reader_to_reader_is_waited_for_twice(stages, waits):
+    """For the release of the one before and for its own bytes, see `tests/kernels/test_gpu_ring.py`."""
+    config = BlockConfig(16, wide=2, deep=2, stages=stages)
+    kernel = kernel_of(gpu.compile_program(gpu_static.program(16, K, N, tiles=True, config=config)))
+    assert kernel.loop["SYNCS"] == waits + 1, "and it is released"
+
+
 def test_a_product_in_flight_and_the_next_operand_share_no_registers():
     """The loop that keeps one product in flight makes two operands in turn; the second may not overwrite the first."""
     config = BlockConfig(64, deep=2, stages=7, scale_weight=True)

@@ -49,6 +49,8 @@ class BlockConfig:
             return "needs tokens 8..128 in eights, wide * deep 1..4 and split 1, 2, 3, 4 or 8"
         if self.step % 128 or k % self.step or k // self.step < self.split:
             return f"step={self.step} must be a multiple of 128 that cuts k={k} into split={self.split} parts or more"
+        if self.stages < self.deep + self.scale_weight:  # who scales codes holds one and waits for the next
+            return f"stages={self.stages} are too few for {self.deep} warpgroups that take turns"
         if n % (CHANNELS * self.wide):
             return f"n={n} is not a multiple of {CHANNELS} * wide={self.wide}"
         if g % self.step and self.step % g:

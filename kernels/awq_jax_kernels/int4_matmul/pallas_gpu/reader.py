@@ -32,7 +32,8 @@ class Reader:
     def wait(self, t: Any) -> Any:
         """Wait for a step's bytes; its slot."""
         on_barrier = plgpu.inline_mgpu(arg_types=(PLAIN, SCALAR))
-        wait = on_barrier(lambda _, barriers, i: pipeline.wait_full(barriers, i.registers.flat[0]))
+        deep = self.plan.config.deep
+        wait = on_barrier(lambda _, barriers, i: pipeline.wait_full(barriers, i.registers.flat[0], deep))
         wait(self.scratch["barriers"], self.step(t))
         return lax.rem(self.step(t), jnp.int32(self.plan.config.stages))
 
