@@ -28,6 +28,7 @@ CUTS = [  # each way of cutting that the tuned tables use, and their combination
     BlockConfig(128, deep=2, stages=5, split=3, scale_weight=True),
     BlockConfig(16, deep=4, stages=8, split=4),
     BlockConfig(16, wide=2, deep=2, stages=6),
+    BlockConfig(16, wide=2, deep=2, stages=7),
     BlockConfig(32),
     BlockConfig(64, deep=2, stages=7, scale_weight=True),
     BlockConfig(64, wide=2, deep=1, stages=5, split=2, scale_weight=True),

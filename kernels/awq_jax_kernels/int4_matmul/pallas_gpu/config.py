@@ -85,7 +85,8 @@ def derive(m: int, k: int, n: int, g: int, *, exact: bool) -> BlockConfig:
     tokens = next((t for t in (8, 16, 32, 64) if m <= t), 64 if exact else 128)
     scale_weight = not exact and (tokens > 32 or g < 64)
     if tokens <= 32:
-        config = BlockConfig(tokens, scale_weight=scale_weight)
+        # Beside nine slots with four rows of float32 scales each, and 32 tokens, there is no room for a split's sums.
+        config = BlockConfig(tokens, stages=8 if g < 64 and tokens == 32 else 9, scale_weight=scale_weight)
     elif tokens == 64:
         config = BlockConfig(tokens, deep=2, stages=7, scale_weight=scale_weight)
     elif m > 128 and n % 256 == 0:
