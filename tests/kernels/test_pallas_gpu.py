@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 
 from awq_jax_kernels.int4_matmul import pallas_gpu
-from awq_jax_kernels.int4_matmul.pallas_gpu import BlockConfig
+from awq_jax_kernels.int4_matmul.pallas_gpu import BlockConfig, pipeline
 from awq_jax_kernels.int4_matmul.tiles import prepare
+from tests.kernels import late
 from tests.kernels.cases import ALIGNED, Case
 from tests.kernels.contract import CODES, check, make_problem
 
@@ -70,6 +71,23 @@ def test_every_cut(rng, config, tiles):
 def test_a_loop_short_enough_to_unroll(rng, config):
     """Eight steps to a block: the fetching loop unrolls, and once its lanes ran apart and waited for ever."""
     check(functools.partial(product, tiles=True, config=config), make_problem(rng, Case(72, 4096, 512, 128)))
+
+
+@pytest.mark.parametrize("step", [0, 1, 4])
+@pytest.mark.parametrize(
+    "config",
+    [
+        BlockConfig(8),
+        BlockConfig(16, wide=2, deep=2, stages=7),
+        BlockConfig(64, deep=2, stages=7, scale_weight=True),
+        BlockConfig(128, deep=2, stages=5, scale_weight=True),
+    ],
+    ids=lambda c: "-".join(str(v) for v in dataclasses.astuple(c)),
+)
+def test_a_step_whose_copies_come_late(rng, monkeypatch, config, step):
+    """Where slots went from one reader to another, the other took them for full; it waited for ever."""
+    monkeypatch.setattr(pipeline, "fetch", functools.partial(late.fetch, step))
+    check(functools.partial(product, tiles=True, config=config), make_problem(rng, Case(16, 4096, 512, 128)))
 
 
 @pytest.mark.parametrize("zeros", [False, True])
