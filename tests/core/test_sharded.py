@@ -129,7 +129,7 @@ def test_devices_that_share_outputs_send_each_other_no_weight(problem):
     x, w = problem
     stats = observe(x)
     shared = jax.ShapeDtypeStruct(w.shape, w.dtype, sharding=NamedSharding(MESH(("i",)), P(None, "i")))
-    text = jax.jit(lambda w: search_scale(stats, [w], SEARCH, SPEC)).lower(shared).compile().as_text()
+    text = jax.jit(lambda w: search_scale(stats, [w], SEARCH, SPEC)).lower(shared).compile().as_text() or ""
     sent = re.findall(
         r"= (.*) (?:all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute)(?:-start)?\(", text
     )

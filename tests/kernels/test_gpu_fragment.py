@@ -119,6 +119,8 @@ def test_refusals_name_their_reason(change, reason):
         (BlockConfig(wide=2, deep=1), "multiple of 128 \\* wide=2"),
         (BlockConfig(split=4), "split=4"),
         (BlockConfig(64), "too many registers"),
+        (BlockConfig(stages=2), "stages=2 are too few for 3"),
+        (BlockConfig(64, deep=2, stages=2, scale_weight=True), "stages=2 are too few for 2"),
     ],
 )
 def test_refuses_blocks_that_do_not_fit(config, reason):

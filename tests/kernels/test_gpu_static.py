@@ -57,7 +57,10 @@ def test_decode_stays_within_its_instructions(m, tiles):
 )
 @pytest.mark.parametrize("tiles", [False, True])
 def test_every_cut_compiles_without_spills(config, tiles):
-    kernel_of(gpu.compile_program(gpu_static.program(config.tokens, K, N, tiles=tiles, config=config)))
+    kernel = kernel_of(gpu.compile_program(gpu_static.program(config.tokens, K, N, tiles=tiles, config=config)))
+    if config.split > 1:
+        begun, sent = (kernel.ptx.index(word) for word in ("barrier.cluster.wait", "st.shared::cluster"))
+        assert begun < sent, "a block that has not begun has no shared memory to send to"
 
 
 @pytest.mark.parametrize("config", [None, BlockConfig(64, deep=2, stages=8, scale_weight=True)])
@@ -67,6 +70,12 @@ def test_every_cut_compiles_without_spills(config, tiles):
 def test_other_dtypes_compile(config, dtype, scale_dtype, zeros):
     more = {"dtype": dtype, "scale_dtype": scale_dtype, "zeros": zeros}
     kernel_of(gpu.compile_program(gpu_static.program(40, 1024, 256, tiles=False, config=config, **more)))
+
+
+@pytest.mark.parametrize("g, scale_dtype", [(32, "float32"), (64, "float32"), (32, "bfloat16")])
+def test_short_groups_compile(g, scale_dtype):
+    """Of 32 rows, in a weight so narrow that it is split; ring, scales and sums together fill the shared memory."""
+    kernel_of(gpu.compile_program(gpu_static.program(32, 1024, 1024, g=g, tiles=True, scale_dtype=scale_dtype)))
 
 
 @pytest.mark.parametrize(
@@ -84,6 +93,14 @@ def test_what_lies_around_a_product_costs_its_loop_nothing(m, k, n, ends):
     kernel = kernel_of(gpu.compile_program(program))
     per_weight = gpu_static.counts(kernel, 128)
     assert sum(per_weight.values()) <= BUDGET[True] + (0.4 if m == 32 else 0), per_weight
+
+
+@pytest.mark.parametrize(("stages", "waits"), [(7, 2), (8, 1)])
+def test_a_slot_that_goes_from_reader_to_reader_is_waited_for_twice(stages, waits):
+    """For the release of the one before and for its own bytes, see `tests/kernels/test_gpu_ring.py`."""
+    config = BlockConfig(16, wide=2, deep=2, stages=stages)
+    kernel = kernel_of(gpu.compile_program(gpu_static.program(16, K, N, tiles=True, config=config)))
+    assert kernel.loop["SYNCS"] == waits + 1, "and it is released"
 
 
 def test_a_product_in_flight_and_the_next_operand_share_no_registers():

@@ -9,8 +9,9 @@ import jax.numpy as jnp
 import pytest
 
 from awq_jax_kernels.int4_matmul import pallas_gpu
-from awq_jax_kernels.int4_matmul.pallas_gpu import BlockConfig
+from awq_jax_kernels.int4_matmul.pallas_gpu import BlockConfig, pipeline
 from awq_jax_kernels.int4_matmul.tiles import prepare
+from tests.kernels import late
 from tests.kernels.cases import ALIGNED, Case
 from tests.kernels.contract import CODES, check, make_problem
 
@@ -27,6 +28,7 @@ CUTS = [  # each way of cutting that the tuned tables use, and their combination
     BlockConfig(128, deep=2, stages=5, split=3, scale_weight=True),
     BlockConfig(16, deep=4, stages=8, split=4),
     BlockConfig(16, wide=2, deep=2, stages=6),
+    BlockConfig(16, wide=2, deep=2, stages=7),
     BlockConfig(32),
     BlockConfig(64, deep=2, stages=8, scale_weight=True),
     BlockConfig(64, wide=2, deep=1, stages=5, split=2, scale_weight=True),
@@ -70,6 +72,23 @@ def test_a_loop_short_enough_to_unroll(rng, config):
     check(functools.partial(product, tiles=True, config=config), make_problem(rng, Case(72, 4096, 512, 128)))
 
 
+@pytest.mark.parametrize("step", [0, 1, 4])
+@pytest.mark.parametrize(
+    "config",
+    [
+        BlockConfig(8),
+        BlockConfig(16, wide=2, deep=2, stages=7),
+        BlockConfig(64, deep=2, stages=7, scale_weight=True),
+        BlockConfig(128, deep=2, stages=5, scale_weight=True),
+    ],
+    ids=lambda c: "-".join(str(v) for v in dataclasses.astuple(c)),
+)
+def test_a_step_whose_copies_come_late(rng, monkeypatch, config, step):
+    """Where slots went from one reader to another, the other took them for full; it waited for ever."""
+    monkeypatch.setattr(pipeline, "fetch", functools.partial(late.fetch, step))
+    check(functools.partial(product, tiles=True, config=config), make_problem(rng, Case(16, 4096, 512, 128)))
+
+
 @pytest.mark.parametrize("zeros", [False, True])
 @pytest.mark.parametrize("codes", CODES)
 def test_extremes(rng, codes, zeros):
@@ -91,7 +110,7 @@ def test_the_same_answer_every_time(config):
     """A race moves from run to run; the order of this kernel's sums is fixed.
 
     Weights come from device memory, whose bytes may arrive in another order than they were asked for: a slot's bytes of
-    one turn were once taken for those of the next (`tests.kernels.test_ring`).
+    one turn were once taken for those of the next (`tests.kernels.test_gpu_ring`).
     """
     k, n, keys = 4096, 28672, jax.random.split(jax.random.key(0), 3)
     packed = jax.lax.bitcast_convert_type(jax.random.bits(keys[0], (k // 2, n), jnp.uint8), jnp.int8)

@@ -6,6 +6,7 @@ returned. Of sums over k six standard deviations are allowed.
 """
 
 import functools
+import importlib
 import math
 
 import jax
@@ -14,6 +15,8 @@ import numpy as np
 import pytest
 
 from awq_jax_kernels import stream
+from awq_jax_kernels.add_norm import add_norm
+from awq_jax_kernels.gated import gated
 from awq_jax_kernels.int4_matmul.tiles import prepare
 from tests.kernels.cases import Case
 from tests.kernels.contract import make_problem
@@ -136,6 +139,34 @@ def test_mapped_over_an_axis_it_is_the_same(rng):
     one = lambda begun, x: add(jax.tree.map(lambda leaf: leaf[None], begun), x[None], *weight)
     mapped = jax.vmap(one)(begun, x)
     jax.tree.map(lambda a, b: np.testing.assert_array_equal(wide(a[:, 0]), wide(b)), mapped, alone)
+
+
+@pytest.fixture
+def gpu_process(monkeypatch):
+    """A process with a GPU as far as staging goes: kernels are traced, and this platform's lowering leaves them out."""
+    for name in ("add_norm", "gated", "stream"):
+        monkeypatch.setattr(importlib.import_module(f"awq_jax_kernels.{name}.api"), "cuda", lambda: "cuda")
+
+
+@pytest.mark.parametrize("activation", [None, "silu"])
+def test_where_there_is_a_gpu_it_can_be_mapped_too(rng, gpu_process, activation):
+    """What a kernel becomes, its definition, has kernels in turn."""
+    _, weight, _ = made(rng, 1, 384, 512, True)
+    rows = jnp.asarray(rng.standard_normal((5, 3, 384)), jnp.bfloat16)
+    begun = lambda rows: stream.start(rows, jnp.ones(384))
+    read = lambda rows, **way: stream.product(begun(rows), *weight, eps=EPS, activation=activation, **way)
+    alone = wide(read(rows.reshape(15, 384), implementation="reference"))
+    np.testing.assert_allclose(wide(jax.jit(jax.vmap(read))(rows)).reshape(alone.shape), alone, rtol=1.01 * HALF)
+
+
+@pytest.mark.parametrize("delta", [True, False])
+def test_what_lies_between_products_can_be_mapped_too(rng, gpu_process, delta):
+    rows = jnp.asarray(rng.standard_normal((5, 3, 512)), jnp.bfloat16)
+    added = functools.partial(add_norm, weight=jnp.ones(512), eps=EPS)
+    between = lambda h, **way: (gated(h, activation="silu", **way), *added(h, h if delta else None, **way))
+    mapped, alone = jax.jit(jax.vmap(between))(rows), between(rows.reshape(15, 512), implementation="reference")
+    close = lambda a, b: np.testing.assert_allclose(wide(a).reshape(b.shape), wide(b), rtol=2.01 * HALF, atol=1e-30)
+    jax.tree.map(close, mapped, alone)
 
 
 def test_refusals_are_named(rng):

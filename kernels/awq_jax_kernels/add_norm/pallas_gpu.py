@@ -2,6 +2,7 @@
 """`add_norm` on Hopper GPUs, one launch: a block to each row."""
 
 import functools
+import math
 from typing import Any
 
 import jax
@@ -21,6 +22,7 @@ __all__ = ["add_norm", "refusal"]
 
 VECTOR = 4  # channels that a thread loads at once
 MOST = 8  # warpgroups of a block
+MOST_ELEMENTS = 1 << 31
 
 
 def refusal(h: Any) -> str | None:
@@ -29,6 +31,8 @@ def refusal(h: Any) -> str | None:
         return f"h is {h.dtype}, not bfloat16 or float16"
     if h.shape[-1] % (128 * VECTOR) or h.shape[-1] > 32768:
         return f"{h.shape[-1]} channels are no multiple of {128 * VECTOR} up to 32768"
+    if not 0 < math.prod(h.shape) < MOST_ELEMENTS:
+        return f"{math.prod(h.shape)} elements are none, or more than 32-bit offsets reach"
     return unsuitable()
 
 

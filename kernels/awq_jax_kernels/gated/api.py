@@ -8,6 +8,7 @@ from jaxtyping import Array, Float
 
 from awq_jax_kernels.dispatch import Way, cuda, dispatch
 from awq_jax_kernels.gated import pallas_gpu, reference
+from awq_jax_kernels.product import unmapped
 
 __all__ = ["check", "gated"]
 
@@ -39,13 +40,17 @@ def gated(
     check(product, activation)
     bound = {"activation": activation}
     ways = {
-        "gpu": Way(
-            functools.partial(pallas_gpu.refusal, product), functools.partial(pallas_gpu.gated, **bound), cuda()
-        ),
+        "gpu": Way(functools.partial(pallas_gpu.refusal, product), _alone(activation), cuda()),
         "reference": Way(lambda: None, functools.partial(reference.gated, **bound)),
     }
     what = f"gated takes a product {product.dtype}{list(product.shape)}"
     return dispatch(implementation, ways, "reference", (product,), what)
+
+
+@functools.cache
+def _alone(activation: str) -> Any:
+    """The kernel; mapped over an axis, the definition."""
+    return unmapped(*(functools.partial(run, activation=activation) for run in (pallas_gpu.gated, reference.gated)))
 
 
 def check(product: Any, activation: str) -> None:

@@ -98,7 +98,6 @@ def int4_matmul_between(
     *,
     ends: Ends,
     beside: tuple[Array, ...],
-    config: BlockConfig | None = None,
 ) -> Any:
     """A product of up to 32 rows with what lies before and behind it, as `ends` says; no batching rule.
 
@@ -107,12 +106,10 @@ def int4_matmul_between(
       packed, scale, zero: as in `int4_matmul`.
       ends: what is done beside multiplying.
       beside: what that reads, rows as in x; see `kernel.fused`.
-      config: None takes the tuned one, or derives one.
     """
     (m, k), (groups, n) = x.shape, scale.shape
-    if config is None:
-        config = choose(m, k, n, k // groups, exact=False, device=_device_kind())
-        config = config if ends.activation is None else paired(config)
+    config = choose(m, k, n, k // groups, exact=False, device=_device_kind())
+    config = config if ends.activation is None else paired(config)
     beside = tuple(_in_eights(leaf) if leaf.ndim == 2 else leaf for leaf in beside)
     return jax.tree.map(lambda y: y[:m], fused(_in_eights(x), packed, scale, zero, config, ends, *beside))
 

@@ -4,7 +4,8 @@
 All of them hold the same tile, ``[128, tokens]`` in float32, four channels of one token to a vector. Each owns a share
 of the vectors. It sends the others theirs, into shared memory of its own block or (distributed shared memory) of a
 peer in the cluster; after one barrier it adds what it was sent, and `ends` writes the share. A split costs one barrier:
-no workspace in device memory, no counter to clear, no second launch.
+no workspace in device memory, no counter to clear, no second launch. Mosaic's prologue has waited until all blocks
+of the cluster have begun and have memory to be sent to; behind the barrier none is sent anything, so each may leave.
 """
 
 import dataclasses

@@ -21,7 +21,7 @@ class BlockConfig:
       deep: warpgroups that take turns over the steps of the same channels.
       split: blocks of a cluster that share the contraction, 1..8.
       step: contraction steps fetched at once, a multiple of 128.
-      stages: slots of the ring, `deep` or more; a multiple of it saves a wait for each step.
+      stages: slots of the ring; a multiple of `deep` saves a wait for each step.
       scale_weight: scale the codes (rounded to the dtype of x) and not the float32 results.
     """
 
@@ -47,10 +47,10 @@ class BlockConfig:
         """Why these blocks can't cut a ``[k, n]`` weight with groups of g rows, or None."""
         if not (self.tokens in range(8, 129, 8) and self.readers in (1, 2, 3, 4) and self.split in (1, 2, 3, 4, 8)):
             return "needs tokens 8..128 in eights, wide * deep 1..4 and split 1, 2, 3, 4 or 8"
-        if self.stages < self.deep:
-            return f"stages={self.stages} must be at least deep={self.deep}: a slot for each warpgroup"
         if self.step % 128 or k % self.step or k // self.step < self.split:
             return f"step={self.step} must be a multiple of 128 that cuts k={k} into split={self.split} parts or more"
+        if self.stages < self.deep + self.scale_weight:  # who scales codes holds one and waits for the next
+            return f"stages={self.stages} are too few for {self.deep} warpgroups that take turns"
         if n % (CHANNELS * self.wide):
             return f"n={n} is not a multiple of {CHANNELS} * wide={self.wide}"
         if g % self.step and self.step % g:
@@ -85,7 +85,8 @@ def derive(m: int, k: int, n: int, g: int, *, exact: bool) -> BlockConfig:
     tokens = next((t for t in (8, 16, 32, 64) if m <= t), 64 if exact else 128)
     scale_weight = not exact and (tokens > 32 or g < 64)
     if tokens <= 32:
-        config = BlockConfig(tokens, scale_weight=scale_weight)
+        # Beside nine slots with four rows of float32 scales each, and 32 tokens, there is no room for a split's sums.
+        config = BlockConfig(tokens, stages=8 if g < 64 and tokens == 32 else 9, scale_weight=scale_weight)
     elif tokens == 64:
         config = BlockConfig(tokens, deep=2, stages=8, scale_weight=scale_weight)
     elif m > 128 and n % 256 == 0:

@@ -5,6 +5,9 @@ Slot ``i % stages`` holds step i: a strip of codes, the tokens' activations, sca
 `full` (all bytes have landed) and `free` (all readers are done). One elected lane issues every copy of a step and
 announces their bytes in a single arrival, and a reader warp releases with a single arrival: Pallas's own barriers
 take 128 arrivals a copy, and on an H100 four copies a step at 128 each were what bounded the kernel.
+
+A barrier tells its phase by parity alone: who waits for a phase passes as well while the one before it is still under
+way. So nobody may wait who does not know that the one before is complete (`wait_full`).
 """
 
 import dataclasses
@@ -123,15 +126,15 @@ def fetch(ctx: Any, barriers: ir.Value, copies: list[Copy], first: ir.Value, ste
 def wait_full(barriers: ir.Value, step: ir.Value, deep: int) -> None:
     """Wait until all bytes of a step, counted from this block's first, are in its slot.
 
-    A barrier tells one use of a slot from the next by a single bit. Where warpgroups that take turns (`deep`) also take
-    turns in a slot, the bytes of its use before, which another warpgroup reads, may still be on their way when all that
-    were asked for after them are here: then the bit is the one that is waited for. That use's release comes first.
+    Where `deep` does not divide the slots, a slot goes from one reader to the next, and copies land in any order: a
+    reader can be here while what the slot held before, another's, has not landed. Parity would let it through, to stale
+    bytes. So it first waits until the other has released the slot, which the copy that it wants waits for anyway. In
+    the first round that is the phase before a barrier's first, which counts as complete.
     """
     stages = ir.MemRefType(barriers.type).shape[0] // 2
     slot, use = arith.remui(step, const(stages)), arith.divui(step, const(stages))
     if stages % deep:
-        with mgpu.when(arith.cmpi(arith.CmpIPredicate.ugt, use, const(0))):
-            _wait(_free(barriers, slot), arith.andi(arith.subi(use, const(1)), const(1)))
+        _wait(_free(barriers, slot), arith.andi(arith.subi(use, const(1)), const(1)))
     _wait(_full(barriers, slot), arith.andi(use, const(1)))
 
 
