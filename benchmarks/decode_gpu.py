@@ -9,7 +9,6 @@ times a checkpoint.
 
 import argparse
 import dataclasses
-import faulthandler
 import functools
 import json
 import pathlib
@@ -28,7 +27,6 @@ from awq_jax.serving.steps import decode, empty_slots
 from benchmarks.llama_8b_serve import by_kernel
 
 LENGTH, SPAN, STEPS = 512, 1024, 64  # cached positions at first, positions that are read, tokens of a dispatch
-SILENT = 180  # seconds after which a row that is not done says where it is; one takes about 20
 
 
 def main() -> None:
@@ -40,7 +38,6 @@ def main() -> None:
     p.add_argument("--trace", type=pathlib.Path, help="folder for the device time of a step by kernel")
     p.add_argument("--json", type=pathlib.Path)
     a = p.parse_args()
-    faulthandler.enable()  # a run once ended without a word
     config = dataclasses.replace(LLAMA_8B, num_layers=a.layers)
     rows: list[dict[str, Any]] = []
     for kind in a.kinds.split(","):
@@ -48,10 +45,8 @@ def main() -> None:
         params = made(shapes if kind == "int4" else dense(shapes))
         params = jax.block_until_ready(arranged(params, jnp.bfloat16))
         for batch in map(int, a.batch.split(",")):
-            faulthandler.dump_traceback_later(SILENT)
             rows.append({"weights": kind, **timed(config, params, batch, a.trace and a.trace / f"{kind}-{batch}.txt")})
             print(json.dumps(rows[-1]), file=sys.stderr, flush=True)
-            faulthandler.cancel_dump_traceback_later()
         del params
     about = {"jax": jax.__version__, "device": jax.devices()[0].device_kind, "date": time.strftime("%Y-%m-%d")}
     text = json.dumps({**about, "layers": a.layers, "context": SPAN, "rows": rows}, indent=1)
