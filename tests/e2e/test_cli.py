@@ -126,6 +126,15 @@ def test_the_card_tells_of_mixed_bits(llama: Oracle, tmp_path: Path):
     card = (tmp_path / "out" / "README.md").read_text()
     assert "INT4 and INT3" in card and "tags: [awq, int4, int3, awq-jax]" in card
     assert "12 of 4 bits in groups of 32, 2 of 3 bits in groups of 32" in card
+    assert "codes of 3 bits take the room of 4" in card
+
+
+def test_a_dry_run_says_which_bits_save_nothing(llama: Oracle, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    arguments = ["quantize", str(llama.path), str(tmp_path / "out"), "--dry-run", "--bits", "2", *FAST]
+    assert main([*arguments, "--format", "native"]) == 0
+    assert "codes of 2 bits take the room of 4" in capsys.readouterr().out
+    assert main([*arguments, "--format", "compressed-tensors"]) == 0  # packs them as two
+    assert "the room of 4" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("wide", [False, True])
