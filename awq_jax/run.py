@@ -17,6 +17,7 @@ from jaxtyping import Array
 from awq_jax.evaluate import Evaluation, cut_windows, evaluate
 from awq_jax.models import Decoder, DecoderConfig, generate
 from awq_jax.models.functional import forward
+from awq_jax.models.sampling import refuse_sampling
 from awq_jax.texts import document_ids, encode_start, is_json_lines, read_text, refuse_file
 from awq_jax_convert.formats import open_checkpoint
 from awq_jax_convert.hf_config import FamilyChoice
@@ -230,6 +231,9 @@ def generate_text(
     """
     if not 0 <= seed < 2**32:
         raise ValueError(f"seed is {seed}; it must be from 0 to {2**32 - 1} (--seed).")
+    refuse_sampling(temperature, top_k, top_p)  # before the weights are read
+    if max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens is {max_new_tokens}; it must be at least 1 (--max-new-tokens).")
     model = load_model(path, jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16, family)
     return continue_prompt(
         model,
@@ -249,9 +253,10 @@ def continue_prompt(model: LoadedModel, prompt: str, *, max_new_tokens: int, **s
     if not ids:
         raise ValueError("the prompt is empty; give at least one word.")
     if room < max_new_tokens:
+        less = f"Ask for at most {room} (--max-new-tokens)" if room > 0 else "Give a shorter one (--prompt)"
         raise ValueError(
             f"the prompt has {len(ids)} tokens and {max_new_tokens} more were asked for, but the model has "
-            f"{model.config.max_position_embeddings} positions. Ask for at most {max(room, 0)} (--max-new-tokens)."
+            f"{model.config.max_position_embeddings} positions. {less}."
         )
     stops = model.checkpoint.hf.stop_tokens
     made = generate(model.decoder, jnp.array([ids]), max_new_tokens=max_new_tokens, stop_tokens=stops, **sampling)

@@ -2,6 +2,7 @@
 """From a directory to a listening socket."""
 
 import socket
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -96,7 +97,8 @@ def serve(
     listening = socket.socket()
     listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     with listening:
-        listening.bind(("127.0.0.1", port))  # first: a taken port is found before minutes of loading
+        _bind(listening, port)  # first: a taken port is found before minutes of loading
+        print(f"reading {directory} and compiling", file=sys.stderr, flush=True)  # minutes, for a large one
         engine, tokenizer, stops = engine_of(directory, **options)
         template = ChatTemplate.of_checkpoint(directory, chat_template)
         engine.compile()  # before the first client waits for it
@@ -119,3 +121,12 @@ def serve(
             server_header=False,
         )
         uvicorn.Server(config).run(sockets=[listening])
+
+
+def _bind(listening: socket.socket, port: int) -> None:
+    """Of this machine alone."""
+    try:
+        listening.bind(("127.0.0.1", port))
+    except OSError as error:
+        why = f"{error.strerror}; take another (--port), or 0 for one that is free"
+        raise type(error)(error.errno, why, f"port {port}") from None
