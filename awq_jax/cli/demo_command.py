@@ -13,6 +13,8 @@ import dataclasses
 import json
 import pathlib
 
+from awq_jax.cli.steps import telling
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
@@ -40,10 +42,8 @@ def run(args: argparse.Namespace) -> int:
     from awq_jax.demo import run_demo
     from awq_jax.evaluate import with_error
 
-    with Console(stderr=True).status("importing jax") as status:
-        rows = run_demo(
-            args.out, quick=args.quick, prompt=args.prompt, overwrite=args.overwrite, progress=status.update
-        )
+    with telling("importing jax") as begin:
+        rows = run_demo(args.out, quick=args.quick, prompt=args.prompt, overwrite=args.overwrite, progress=begin)
     if args.json:
         print(json.dumps({"out": str(args.out), "rows": [dataclasses.asdict(row) for row in rows]}))
         return 0
