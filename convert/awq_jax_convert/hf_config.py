@@ -104,8 +104,8 @@ def _table(directory: Path, raw: dict[str, Any], given: FamilyChoice) -> Table:
     if table is None:
         if not isinstance(named, list) or len(named) != 1 or not isinstance(named[0], str):
             raise ValueError(
-                f"{directory / CONFIG} must name one architecture; 'architectures' is {named!r}. If you know what model "
-                "it is, name its family (--family)."
+                f"{directory / CONFIG} must name one architecture; 'architectures' is {named!r}. If you know what "
+                "model it is, name its family (--family)."
             )
         return Table(by_architecture(named[0], raw), None)
     wanted = table.family.architectures
