@@ -19,6 +19,7 @@ from awq_jax._version import __version__
 from awq_jax.serving import loader
 from awq_jax.serving.abstract import traced_for
 from awq_jax.serving.engine import MAX_STOPS, buckets_for
+from awq_jax.serving.extra import missing
 from awq_jax.serving.load import ServingModel, load
 from awq_jax.serving.loader import VERSION
 from awq_jax.serving.sampling import Sampling
@@ -65,6 +66,10 @@ def export(
       FileExistsError: ``out`` exists.
       ValueError: a number, the platform or the chip is none of those there are.
     """
+    try:
+        import flatbuffers  # noqa: F401 - jax writes with it, once all is compiled
+    except ModuleNotFoundError as error:
+        raise missing("exporting needs", error.name) from error
     out = Path(out)
     if os.path.lexists(out):  # before the weights are read
         raise FileExistsError(errno.EEXIST, "the output exists; choose another name", str(out))

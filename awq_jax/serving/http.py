@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from awq_jax.serving.engine import Engine
+from awq_jax.serving.extra import missing
 from awq_jax.serving.load import load
 from awq_jax.serving.template import ChatTemplate
 from awq_jax.serving.worker import Worker
@@ -89,7 +90,7 @@ def serve(
 
         from awq_jax.serving.server import Limits, Served, application
     except ModuleNotFoundError as error:
-        raise ValueError(f"serving needs {error.name}: pip install 'awq-jax[serve]'.") from error
+        raise missing("serving needs", error.name) from error
     if not 0 <= port < 1 << 16 or max_body < 1:
         raise ValueError(f"port {port} and max-body {max_body}: a port lies between 0 and 65535, a body has bytes.")
     if chat_template is not None and not chat_template.is_file():
