@@ -37,7 +37,7 @@ Quantize language models to INT4 in JAX, and run them.
   awq-jax generate OUT --prompt "Once"        continue a text
   awq-jax chat OUT                            talk to it
   awq-jax serve OUT                           the same over HTTP
-  awq-jax export OUT DIR --platform tpu       artefacts for another machine
+  awq-jax export OUT ARTEFACTS --platform tpu artefacts for another machine
   awq-jax inspect OUT                         what is in it, layer by layer
   awq-jax families                            models, and what scales fold into
 """

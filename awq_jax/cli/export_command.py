@@ -17,7 +17,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
     add = parser.add_argument
     add("dir", type=pathlib.Path, metavar="DIR", help="dense or quantized checkpoint")
-    add("out", type=pathlib.Path, metavar="OUT", help="directory to create")
+    add("out", type=pathlib.Path, metavar="ARTEFACTS", help="directory to create")
     add("--platform", required=True, choices=("tpu", "cuda", "cpu"), help="that runs them")
     add("--chip", metavar="NAME", help="TPU generation whose tuned block sizes are taken, such as v6e")
     add("--batch", type=int, default=8, metavar="N", help="sequences at a time (%(default)s)")
