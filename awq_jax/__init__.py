@@ -13,6 +13,13 @@ from typing import TYPE_CHECKING, Any
 from awq_jax._version import __version__ as __version__
 
 if TYPE_CHECKING:
+    from awq_jax import adapt as adapt
+    from awq_jax import linen as linen
+    from awq_jax import models as models
+    from awq_jax import nnx as nnx
+    from awq_jax import run as run
+    from awq_jax import serving as serving
+    from awq_jax import train as train
     from awq_jax._clip import search_clip as search_clip
     from awq_jax._fold import fold_scale as fold_scale
     from awq_jax._outliers import plant_outliers as plant_outliers
@@ -54,12 +61,15 @@ _HOME = {
     "_tie": ("Tie",),
     "pipeline": ("quantize_checkpoint",),
 }
+_ROOMS = ("adapt", "linen", "lm_eval", "models", "nnx", "run", "serving", "train")  # awq_jax.run.load_model just works
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
 
 __all__ = ["__version__", *sorted(_MODULE_OF)]
 
 
 def __getattr__(name: str) -> Any:
+    if name in _ROOMS:
+        return importlib.import_module(f"awq_jax.{name}")
     if name not in _MODULE_OF:
         raise AttributeError(f"module 'awq_jax' has no attribute {name!r}")
     value = getattr(importlib.import_module(f"awq_jax.{_MODULE_OF[name]}"), name)
@@ -68,4 +78,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return __all__
+    return [*__all__, *_ROOMS]

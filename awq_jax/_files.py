@@ -45,7 +45,7 @@ def resolve_inside(directory: Path, name: str) -> Path:
             "Copy the file into the directory if you trust it."
         )
     if not real.exists():
-        raise FileNotFoundError(f"{directory} has no file {name!r}; download it again.")
+        raise FileNotFoundError(f"{directory} has no file {name!r}; give a checkpoint directory, or download again.")
     if not stat.S_ISREG(real.stat().st_mode):
         raise ValueError(f"{directory / name} is not a regular file.")
     return real

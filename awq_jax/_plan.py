@@ -2,8 +2,9 @@
 """From a family's table and a recipe to what will be done to one layer: static, hashable, checked before any work."""
 
 import dataclasses
+import fnmatch
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 from awq_jax._gram import block_rows
 from awq_jax._spec import GPTQSpec, QuantSpec, Recipe, RefineSpec, SearchSpec
@@ -149,7 +150,9 @@ def plan_layers(
         _refuse_int8_experts(family, plan)
         _refuse_blocks(plan, widths)
         plans.append(plan)
-    _refuse_unused(glob for glob, _ in recipe.overrides if glob not in used)
+    names = [path for row in map(_relative, family.groups) for path in row.sinks]
+    weights = [f"layers/{index}/{path}" for index in range(layers) for path in names]
+    _refuse_unused((glob for glob, _ in recipe.overrides if glob not in used), weights)
     return tuple(plans)
 
 
@@ -175,9 +178,10 @@ def _refuse_blocks(plan: LayerPlan, widths: Mapping[str, int]) -> None:
             )
 
 
-def _refuse_unused(globs: Iterable[str]) -> None:
+def _refuse_unused(globs: Iterable[str], weights: Sequence[str]) -> None:
     if unused := sorted(globs):
+        shadowed = bool(fnmatch.filter(weights, unused[0]))
         raise ValueError(
-            f"override {unused[0]!r} matches no weight that one before it leaves; weights are named like "
-            "'layers/0/attn/q'. A glob may use '*', for example 'layers/*/mlp/down'."
+            f"override {unused[0]!r} matches no weight{' that one before it leaves' if shadowed else ''}; weights are "
+            "named like 'layers/0/attn/q'. A glob may use '*', for example 'layers/*/mlp/down'."
         )

@@ -4,15 +4,14 @@
 import dataclasses
 import hashlib
 import itertools
-import json
 import pathlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-__all__ = ["Samples", "check_vocabulary", "few_tokens", "from_documents", "from_stream", "read_calibration"]
+from awq_jax.texts import Encode, documents, encode_start, is_json_lines, read_text, refuse_file
 
-Encode = Callable[[str], list[int]]
+__all__ = ["Samples", "check_vocabulary", "few_tokens", "from_documents", "from_stream", "read_calibration"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -105,50 +104,6 @@ def from_documents(documents: Iterable[Sequence[int]], *, samples: int, seq_len:
     return Samples(tokens=tokens, mask=mask, source=source, notes=(*notes, *_copies(kept, source)))
 
 
-def _jsonl_documents(path: pathlib.Path, encode: Encode | None) -> Iterable[list[int]]:
-    with path.open(encoding="utf-8") as lines:
-        for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
-            where = f"{path}, line {number}"
-            try:
-                row = json.loads(line)
-            except (ValueError, RecursionError) as error:  # also numbers of thousands of digits, absurd nesting
-                raise ValueError(f"{where}: not JSON ({getattr(error, 'msg', error)}).") from None
-            if not isinstance(row, dict) or not ({"text", "input_ids"} & row.keys()):
-                raise ValueError(f'{where}: expected an object with "text" or "input_ids".')
-            if "input_ids" in row:
-                ids = row["input_ids"]
-                if not isinstance(ids, list) or any(type(i) is not int or not 0 <= i < 2**31 for i in ids):
-                    raise ValueError(f'{where}: "input_ids" must be a list of integers, token ids from 0 up.')
-                yield ids
-            elif not isinstance(row["text"], str):
-                raise ValueError(f'{where}: "text" must be a string.')
-            else:
-                yield _encode(row["text"], encode, where)
-
-
-def _encode(text: str, encode: Encode | None, where: str) -> list[int]:
-    if encode is None:
-        raise ValueError(
-            f"{where}: the checkpoint has no tokenizer.json, so text cannot be encoded. "
-            'Give JSON lines of {"input_ids": [...]}.'
-        )
-    try:
-        return encode(text)
-    except ValueError as error:
-        raise ValueError(f"{where}: {error}") from None
-
-
-def _encode_start(text: str, encode: Encode | None, where: str, tokens: int) -> list[int]:
-    """Ids of as much of a text as gives so many: a corpus is not encoded for the sake of its first pages."""
-    size = 8 * tokens
-    # More than so many, because the last id may be that of a word cut in two.
-    while len(ids := _encode(text[:size], encode, where)) <= tokens and size < len(text):
-        size *= 4
-    return ids
-
-
 def read_calibration(path: pathlib.Path, encode: Encode | None, *, samples: int, seq_len: int) -> Samples:
     """Read a UTF-8 text file as one stream, or a ``.jsonl`` file as documents.
 
@@ -162,18 +117,15 @@ def read_calibration(path: pathlib.Path, encode: Encode | None, *, samples: int,
       ValueError: not UTF-8, empty, too short, or a malformed line, named by its number.
       FileNotFoundError: no such file.
     """
-    if not path.is_file():
-        what = "a directory, not a text" if path.is_dir() else "not there"
-        raise FileNotFoundError(f"calibration file {path} is {what}; give UTF-8 text or JSON lines (--calib).")
-    try:
-        if path.suffix.lower() == ".jsonl":
-            return from_documents(_jsonl_documents(path, encode), samples=samples, seq_len=seq_len, source=path.name)
-        text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"calibration file {path} is not UTF-8 (byte {error.start}).") from None
+    what = "calibration file"
+    refuse_file(path, what, "--calib")
+    if is_json_lines(path):
+        lines = documents(path, encode, what)
+        return from_documents(lines, samples=samples, seq_len=seq_len, source=path.name)
+    text = read_text(path, what)
     if not text.strip():
-        raise ValueError(f"calibration file {path} is empty.")
-    ids = _encode_start(text, encode, str(path), samples * seq_len)
+        raise ValueError(f"{what} {path} is empty; give text (--calib).")
+    ids = encode_start(text, encode, str(path), samples * seq_len)
     return from_stream(ids, samples=samples, seq_len=seq_len, source=path.name)
 
 

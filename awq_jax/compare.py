@@ -124,10 +124,10 @@ def compare_methods(
         progress("measuring the dense model")
         found = evaluate_checkpoint(src, held, base=src, tokens=tokens, ctx=ctx, family=family)
         rows = [_row(16, "dense", found, source.nbytes, 0.0)]
-        for recipe in recipes:
+        for done, recipe in enumerate(recipes, 1):
             quant = recipe.quant
             name = f"{'w8a8' if quant.activations != 'float' else f'int{quant.bits}'}-{recipe.method}"
-            progress(name)
+            progress(f"{done}/{len(recipes)} {name}")
             target = work / name
             report = quantize_checkpoint(
                 source.path, target, recipe=recipe, calib=chosen, format="native", family=family, resume="never"

@@ -105,7 +105,7 @@ def run_demo(
 
     Args:
       out: directory to create: the dense models, the quantized ones, ``report.md`` and ``report.json``.
-      quick: less text; seconds instead of a minute, and noisier numbers.
+      quick: less text; half the time, and noisier numbers.
       prompt: what each model continues.
       overwrite: replace ``out`` if awq-jax wrote it.
       progress: called with what begins.

@@ -22,10 +22,11 @@ from awq_jax.budget import choose
 from awq_jax.gram_memory import blocked, gram_bytes
 from awq_jax.hosts import Hosts
 from awq_jax.layer_step import no_statistics, observe_chunk, quantize_and_measure, quantize_observed
-from awq_jax.prepare import chunks_of, kernel_shapes, room_bytes
+from awq_jax.prepare import chunks_of, kernel_shapes, room_bytes, specs_of
 from awq_jax.resume import refuse_output
 from awq_jax.sharding import Layout
 from awq_jax.streams import MEASURED
+from awq_jax_convert.formats import unsaved
 from awq_jax_convert.hf import HFCheckpoint
 from awq_jax_convert.hf_config import FamilyChoice
 from awq_jax_convert.writer import SHARDS_BEHIND
@@ -65,7 +66,7 @@ class DryRun:
       host_bytes: beside them: layers as read and as written, and this process itself.
       gram_bytes: of the Gram matrices of a layer, which ``device_bytes`` includes.
       tokens: of calibration, padding included.
-      notes: of which inputs less than the whole Gram matrix is kept.
+      notes: of which inputs less than the whole Gram matrix is kept, and which bits save nothing.
       budget: what `awq_jax.budget` chose, as plain data; None where the recipe says all widths.
     """
 
@@ -340,7 +341,8 @@ def dry_run_directory(
     sizes = {"samples": admitted.samples, "seq_len": admitted.seq_len, "batch": batch}
     keep = resume != "never"
     made = dry_run(admitted.checkpoint, plans, **sizes, keep=keep, mesh=mesh, hidden_states=hidden_states)
-    return dataclasses.replace(made, budget=None if chosen is None else chosen.to_dict())
+    notes = (*made.notes, *unsaved(format, specs_of(plans)))
+    return dataclasses.replace(made, budget=None if chosen is None else chosen.to_dict(), notes=notes)
 
 
 def _size(shape: tuple[int, ...]) -> int:

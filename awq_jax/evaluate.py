@@ -74,11 +74,10 @@ def cut_windows(
     if ctx < 2:
         raise ValueError(f"a window needs 2 tokens to predict one, not ctx={ctx}.")
     count = min(len(ids), tokens) // ctx
-    if not count:
-        raise TextTooShort(
-            f"the text has {len(ids)} tokens, of which at most {tokens} are used: fewer than one window of ctx={ctx}. "
-            "Give more text, or choose a smaller ctx."
-        )
+    if not count:  # of a longer text no more ids may be here than were asked for: no word of how many it has
+        few = f"{tokens} tokens were asked for" if len(ids) >= tokens else f"the text has {len(ids)} tokens"
+        more = "Ask for more (--tokens)" if len(ids) >= tokens else "Give more text"
+        raise TextTooShort(f"{few}, fewer than one window of ctx={ctx}. {more}, or choose a smaller window (--ctx).")
     cut = np.asarray(ids[: count * ctx], np.int64)
     bad = cut[(cut < 0) | (cut >= vocab_size)]
     if bad.size:

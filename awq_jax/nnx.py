@@ -94,7 +94,8 @@ def observe(
     """Statistics of what the weights read; see `awq_jax.adapt.observe`.
 
     Args:
-      model: with dense parameters; left as it is.
+      model: with dense parameters, in the mode that it serves in (`model.eval()`), for dropout would be measured too;
+        left as it is.
       batches: each an argument of ``call(model, batch)``.
       table: from `propose`.
       search: the one that `quantize` will use, or its recipe.

@@ -30,7 +30,7 @@ from awq_jax.prepare import (
 )
 from awq_jax.report import LayerReport, LinearReport, Report
 from awq_jax.resume import Session, fingerprint, resuming
-from awq_jax_convert.formats import open_follower, open_writer
+from awq_jax_convert.formats import open_follower, open_writer, unsaved
 from awq_jax_convert.hf import HFCheckpoint
 from awq_jax_convert.hf_config import FamilyChoice
 from awq_jax_convert.readers import unread
@@ -165,7 +165,8 @@ def quantize_checkpoint(
             job = Job(checkpoint, plans, layout, hosts, clock, progress, keep=keep, strict=strict, waiting=waits)
             layers = tuple(quantize_layers(job, batches, writer, session, resumed))
             written = writer.nbytes if writer and hosts.first else expected
-            said = (*filter(None, (alone,)), *unread(format, checkpoint.family.name))
+            said = (*unread(format, checkpoint.family.name), *unsaved(format, specs_of(plans)))
+            said = (*filter(None, (alone,)), *said)
             report = _report(job, layers, recipe, calib, inputs, resumed, written, said, chosen)
             if writer and hosts.first:
                 writer.write_text("awq_jax_report.json", report.to_json())

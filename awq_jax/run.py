@@ -17,6 +17,8 @@ from jaxtyping import Array
 from awq_jax.evaluate import Evaluation, cut_windows, evaluate
 from awq_jax.models import Decoder, DecoderConfig, generate
 from awq_jax.models.functional import forward
+from awq_jax.models.sampling import refuse_sampling
+from awq_jax.texts import document_ids, encode_start, is_json_lines, read_text, refuse_file
 from awq_jax_convert.formats import open_checkpoint
 from awq_jax_convert.hf_config import FamilyChoice
 from awq_jax_convert.source import Checkpoint
@@ -25,6 +27,8 @@ from awq_jax_convert.tokenizer import Tokenizer
 __all__ = ["LoadedModel", "evaluate_checkpoint", "generate_text", "load_model", "logits"]
 
 PathLike = str | os.PathLike[str]
+
+TEXT = "text file"  # what errors call what is measured on
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -107,13 +111,6 @@ def logits(model: LoadedModel, ids: Any) -> Array:
     return made if tokens.ndim == 2 else made[0]
 
 
-def _read_text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 (byte {error.start}).") from None
-
-
 @functools.cache  # one object for each config: models of equal shape share a compilation
 def _apply(config: DecoderConfig) -> Callable[[Any, Any], Any]:
     return functools.partial(forward, config)
@@ -139,7 +136,7 @@ def evaluate_checkpoint(
 
     Args:
       path: checkpoint directory.
-      text: a file.
+      text: a file of UTF-8 text, or of JSON lines, whose documents follow one another.
       base: checkpoint to compare with, usually the unquantized one.
       tokens: of the text to use, at most.
       ctx: tokens of a window; windows do not overlap and are seen on their own.
@@ -155,9 +152,9 @@ def evaluate_checkpoint(
     for name, value in (("tokens", tokens), ("batch", batch)):
         if value < 1:
             raise ValueError(f"{name} is {value}; it must be at least 1 (--{name}).")
-    if not Path(text).is_file():
-        raise FileNotFoundError(f"there is no text file {text} (--text).")
-    words = _read_text(Path(text))
+    held = Path(text)
+    refuse_file(held, TEXT, "--text")
+    words = None if is_json_lines(held) else read_text(held, TEXT)  # before minutes of loading
     model = load_model(path, family=family)
     if ctx > model.config.max_position_embeddings:
         raise ValueError(
@@ -165,8 +162,11 @@ def evaluate_checkpoint(
             f"Ask for at most that many (--ctx)."
         )
     reference = None if base is None else load_model(base, family=family)
-    # No tokenizer makes fewer than one token of sixteen characters of prose; encoding the rest would take seconds.
-    ids = model.tokenizer.encode(words[: 16 * tokens])
+    encode = model.tokenizer.encode
+    if words is None:
+        ids = document_ids(held, encode, TEXT, tokens)
+    else:
+        ids = encode_start(words, encode, str(held), tokens)
     if reference is not None:
         _refuse_other_vocabulary(model, reference, ids)
     windows = cut_windows(np.asarray(ids), ctx=ctx, tokens=tokens, vocab_size=model.config.vocab_size)
@@ -231,6 +231,9 @@ def generate_text(
     """
     if not 0 <= seed < 2**32:
         raise ValueError(f"seed is {seed}; it must be from 0 to {2**32 - 1} (--seed).")
+    refuse_sampling(temperature, top_k, top_p)  # before the weights are read
+    if max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens is {max_new_tokens}; it must be at least 1 (--max-new-tokens).")
     model = load_model(path, jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16, family)
     return continue_prompt(
         model,
@@ -250,9 +253,10 @@ def continue_prompt(model: LoadedModel, prompt: str, *, max_new_tokens: int, **s
     if not ids:
         raise ValueError("the prompt is empty; give at least one word.")
     if room < max_new_tokens:
+        less = f"Ask for at most {room} (--max-new-tokens)" if room > 0 else "Give a shorter one (--prompt)"
         raise ValueError(
             f"the prompt has {len(ids)} tokens and {max_new_tokens} more were asked for, but the model has "
-            f"{model.config.max_position_embeddings} positions. Ask for at most {max(room, 0)} (--max-new-tokens)."
+            f"{model.config.max_position_embeddings} positions. {less}."
         )
     stops = model.checkpoint.hf.stop_tokens
     made = generate(model.decoder, jnp.array([ids]), max_new_tokens=max_new_tokens, stop_tokens=stops, **sampling)

@@ -120,7 +120,12 @@ def observe(
     step = jax.jit(lambda params, total, batch: merge_tree(total, watched(params, batch)[1]), donate_argnums=1)
     total = None
     for batch in batches:
-        total = step(params, total, batch)
+        try:
+            total = step(params, total, batch)
+        except Exception as error:
+            if hasattr(batches, "shape"):
+                error.add_note(f"batches is an array, whose rows {batch.shape} were taken for them: give [batches].")
+            raise
     if total is None:
         raise ValueError("there are no batches to observe.")
     return total

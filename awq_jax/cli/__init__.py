@@ -4,12 +4,11 @@
 import argparse
 import importlib
 import os
-import re
 import sys
-import textwrap
 from collections.abc import Sequence
 
 from awq_jax._version import __version__
+from awq_jax.cli.parser import Parser
 
 __all__ = ["main"]
 
@@ -38,28 +37,20 @@ Quantize language models to INT4 in JAX, and run them.
   awq-jax generate OUT --prompt "Once"        continue a text
   awq-jax chat OUT                            talk to it
   awq-jax serve OUT                           the same over HTTP
-  awq-jax export OUT DIR --platform tpu       artefacts for another machine
+  awq-jax export OUT ARTEFACTS --platform tpu artefacts for another machine
   awq-jax inspect OUT                         what is in it, layer by layer
   awq-jax families                            models, and what scales fold into
 """
 
 
-class _Formatter(argparse.RawDescriptionHelpFormatter):
-    """Wraps a description's paragraphs to the terminal and leaves its indented commands as they are."""
-
-    def _fill_text(self, text: str, width: int, indent: str) -> str:
-        paragraphs = re.split(r"\n\s*\n", text.strip("\n"))
-        return "\n\n".join(p if p.startswith(" ") else textwrap.fill(p, width) for p in paragraphs)
-
-
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="awq-jax", description=DESCRIPTION, formatter_class=_Formatter)
+    parser = Parser(prog="awq-jax", description=DESCRIPTION)
     parser.add_argument("--version", action="version", version=f"awq-jax {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for name in COMMANDS:
         module = importlib.import_module(f"awq_jax.cli.{name}_command")
         summary = (module.__doc__ or "").splitlines()[0]
-        sub = commands.add_parser(name, help=summary, description=module.__doc__, formatter_class=_Formatter)
+        sub = commands.add_parser(name, help=summary, description=module.__doc__)
         module.add_arguments(sub)
         sub.set_defaults(run=module.run)
     return parser
@@ -67,7 +58,9 @@ def _parser() -> argparse.ArgumentParser:
 
 def _message(error: BaseException) -> str:
     """What went wrong, for people, and what an error says beside it in notes."""
-    return "\n".join([_reason(error), *getattr(error, "__notes__", ())])
+    notes = getattr(error, "__notes__", ())
+    notes = [note for note in notes if "JAX_TRACEBACK_FILTERING" not in note]  # of a traceback, which is not shown
+    return "\n".join([_reason(error), *notes])
 
 
 def _reason(error: BaseException) -> str:

@@ -11,19 +11,17 @@ import argparse
 import pathlib
 
 from awq_jax.cli.family_option import add_family
+from awq_jax.cli.sampling_options import add_sampling, sampling_of
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
     add = parser.add_argument
     add("dir", type=pathlib.Path, metavar="DIR", help="dense or quantized checkpoint")
-    add("--system", metavar="TEXT", help="what the model is told first")
+    add("--system", metavar="TEXT", help="what the model is told first; wants a chat template")
     add("--max-new-tokens", type=int, default=256, metavar="N", help="tokens of an answer, at most (%(default)s)")
     add("--max-len", type=int, metavar="N", help="positions of the conversation (the model's, at most 4096)")
-    add("--temperature", type=float, default=0.0, metavar="T", help="0 is greedy (%(default)s)")
-    add("--top-k", type=int, metavar="K", help="sample from the K likeliest tokens")
-    add("--top-p", type=float, metavar="P", help="sample from the smallest set of probability P")
-    add("--seed", type=int, default=0, metavar="S", help="of sampling (%(default)s)")
+    add_sampling(parser)
     add_family(parser)
     add("--dense", action="store_true", help="dequantize weights once, when loading; faster on a CPU")
     add("--chat-template", type=pathlib.Path, metavar="FILE", help="instead of the checkpoint's")
@@ -41,15 +39,13 @@ def run(args: argparse.Namespace) -> int:
         dense=args.dense,
         family=args.family,
         max_new_tokens=args.max_new_tokens,
-        temperature=args.temperature,
-        top_k=args.top_k,
-        top_p=args.top_p,
-        seed=args.seed,
+        **sampling_of(args),
     )
     while True:
         try:
             line = input("> ")
         except EOFError:
+            print()  # the terminal's next line is its own
             return 0
         if not line.strip():
             return 0

@@ -15,6 +15,7 @@ import json
 import pathlib
 
 from awq_jax.cli.family_option import add_family
+from awq_jax.cli.steps import telling
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -31,8 +32,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--bits", default="4,3", metavar="B,…", help="widths (%(default)s)")
     add("--group-size", type=int, default=128, metavar="G", help="rows that share a scale (%(default)s)")
     add("--symmetric", action="store_true", help="no zero points")
-    add("--calib", type=pathlib.Path, metavar="FILE", help="calibration text (default: Python's documentation)")
-    add("--text", type=pathlib.Path, metavar="FILE", help="held-out text (default: the other part of it)")
+    add("--calib", type=pathlib.Path, metavar="FILE", help="to calibrate on: text or .jsonl (Python's documentation)")
+    add("--text", type=pathlib.Path, metavar="FILE", help="to measure on: text or .jsonl (the other part of it)")
     add("--samples", type=int, default=128, metavar="N", help="calibration samples (%(default)s)")
     add("--seq-len", type=int, default=512, metavar="T", help="tokens of a sample (%(default)s)")
     add("--tokens", type=int, default=20_000, metavar="N", help="of the held-out text (%(default)s)")
@@ -45,15 +46,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Compare."""
-    from rich.console import Console
-
     from awq_jax._spec import QuantSpec, Recipe
     from awq_jax.compare import compare_methods, to_markdown
 
     widths = [item.strip() for item in args.bits.split(",")]
     if not all(width.isdecimal() for width in widths):
         raise ValueError(f"--bits {args.bits!r}: expected whole numbers with commas between them, for example 4,3.")
-    with Console(stderr=True, quiet=args.quiet).status("reading") as status:
+    with telling("reading", quiet=args.quiet) as begin:
         rows = compare_methods(
             args.src,
             args.out,
@@ -68,7 +67,7 @@ def run(args: argparse.Namespace) -> int:
             ctx=args.ctx,
             family=args.family,
             overwrite=args.overwrite,
-            progress=status.update,
+            progress=begin,
         )
     if args.json:
         plain = [dataclasses.asdict(row) for row in rows]

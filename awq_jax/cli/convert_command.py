@@ -33,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="of all but codes and zeros, scales too (each its own; float32 for weights that become dense)",
     )
     add_family(parser)
-    add("--overwrite", action="store_true", help="replace OUT if it exists")
+    add("--overwrite", action="store_true", help="replace OUT if awq-jax wrote it")
     add("--json", action="store_true", help="print what was done as JSON on stdout")
     add("--quiet", action="store_true", help="no progress and no summary")
 

@@ -13,6 +13,8 @@ import dataclasses
 import json
 import pathlib
 
+from awq_jax.cli.steps import telling
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
@@ -25,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="where checkpoints and the report go (%(default)s)",
     )
     add("--prompt", default="Return a list of", metavar="TEXT", help="what each model continues (%(default)r)")
-    add("--quick", action="store_true", help="less text: seconds, and noisier numbers")
+    add("--quick", action="store_true", help="less text: half the time, and noisier numbers")
     add("--overwrite", action="store_true", help="replace DIR if awq-jax wrote it")
     add("--json", action="store_true", help="print the comparison as JSON on stdout")
 
@@ -40,10 +42,8 @@ def run(args: argparse.Namespace) -> int:
     from awq_jax.demo import run_demo
     from awq_jax.evaluate import with_error
 
-    with Console(stderr=True).status("importing jax") as status:
-        rows = run_demo(
-            args.out, quick=args.quick, prompt=args.prompt, overwrite=args.overwrite, progress=status.update
-        )
+    with telling("importing jax") as begin:
+        rows = run_demo(args.out, quick=args.quick, prompt=args.prompt, overwrite=args.overwrite, progress=begin)
     if args.json:
         print(json.dumps({"out": str(args.out), "rows": [dataclasses.asdict(row) for row in rows]}))
         return 0
@@ -69,7 +69,6 @@ def run(args: argparse.Namespace) -> int:
         console.print(f"[bold]{r.method}[/] {args.prompt}[italic]{escape(' '.join(['', *r.sample.split()]))}[/]")
     console.print(f"checkpoints and report: {args.out}")
     calib = args.out / "calibration.txt"
-    console.print(
-        f"next: awq-jax quantize {args.out / 'planted-dense'} tiny-int3 --bits 3 --calib {calib}", soft_wrap=True
-    )
+    again = f"awq-jax quantize {args.out / 'planted-dense'} tiny-int4 --method awq+gptq --calib {calib}"
+    console.print(f"next: {again}", soft_wrap=True)
     return 0

@@ -20,7 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
     add = parser.add_argument
     add("dir", type=pathlib.Path, metavar="DIR", help="dense or quantized checkpoint")
-    add("--text", type=pathlib.Path, required=True, metavar="FILE", help="UTF-8 text")
+    add("--text", type=pathlib.Path, required=True, metavar="FILE", help='text, or .jsonl with "text" or "input_ids"')
     add("--base", type=pathlib.Path, metavar="DENSE", help="checkpoint to compare with, usually the unquantized one")
     add("--tokens", type=int, default=20_000, metavar="N", help="tokens of the text to use (%(default)s)")
     add("--ctx", type=int, default=192, metavar="N", help="tokens of a window (%(default)s)")

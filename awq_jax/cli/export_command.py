@@ -17,11 +17,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
     add = parser.add_argument
     add("dir", type=pathlib.Path, metavar="DIR", help="dense or quantized checkpoint")
-    add("out", type=pathlib.Path, metavar="OUT", help="directory to create")
+    add("out", type=pathlib.Path, metavar="ARTEFACTS", help="directory to create")
     add("--platform", required=True, choices=("tpu", "cuda", "cpu"), help="that runs them")
     add("--chip", metavar="NAME", help="TPU generation whose tuned block sizes are taken, such as v6e")
     add("--batch", type=int, default=8, metavar="N", help="sequences at a time (%(default)s)")
-    add("--max-len", type=int, default=1024, metavar="N", help="positions of each (%(default)s)")
+    add("--max-len", type=int, metavar="N", help="positions of each (the model's, at most 1024)")
     add("--steps", type=int, default=8, metavar="N", help="tokens for each call of decode (%(default)s)")
     add_family(parser)
     add("--int8-cache", action="store_true", help="keys and values in int8")

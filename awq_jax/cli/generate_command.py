@@ -11,6 +11,7 @@ import json
 import pathlib
 
 from awq_jax.cli.family_option import add_family
+from awq_jax.cli.sampling_options import add_sampling, sampling_of
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -19,10 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("dir", type=pathlib.Path, metavar="DIR", help="dense or quantized checkpoint")
     add("--prompt", required=True, metavar="TEXT", help="what to continue")
     add("--max-new-tokens", type=int, default=64, metavar="N", help="tokens to add, at most (%(default)s)")
-    add("--temperature", type=float, default=0.0, metavar="T", help="0 is greedy (%(default)s)")
-    add("--top-k", type=int, metavar="K", help="sample from the K likeliest tokens")
-    add("--top-p", type=float, metavar="P", help="sample from the smallest set of probability P")
-    add("--seed", type=int, default=0, metavar="S", help="of sampling (%(default)s)")
+    add_sampling(parser)
     add_family(parser)
     add("--json", action="store_true", help="print prompt, text and token ids as JSON")
 
@@ -35,11 +33,8 @@ def run(args: argparse.Namespace) -> int:
         args.dir,
         args.prompt,
         max_new_tokens=args.max_new_tokens,
-        temperature=args.temperature,
-        top_k=args.top_k,
-        top_p=args.top_p,
-        seed=args.seed,
         family=args.family,
+        **sampling_of(args),
     )
     print(json.dumps({"dir": str(args.dir), **result}) if args.json else result["prompt"] + result["text"])
     return 0

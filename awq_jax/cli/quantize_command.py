@@ -14,16 +14,16 @@ import argparse
 import contextlib
 import json
 import pathlib
-import re
 import sys
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from awq_jax.cli import joining, out_of_memory
 from awq_jax.cli.family_option import add_family
+from awq_jax.cli.recipe_options import activations_of, recipe_of
 
 if TYPE_CHECKING:
-    from awq_jax._spec import QuantSpec, Recipe
+    from awq_jax._spec import Recipe
     from awq_jax.report import LayerReport, Report
 
 
@@ -43,7 +43,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--samples", type=int, default=128, metavar="N", help="calibration samples (%(default)s)")
     add("--seq-len", type=int, default=512, metavar="T", help="tokens of a sample (%(default)s)")
     add("--batch", type=int, default=8, metavar="B", help="samples that go through a layer together (%(default)s)")
-    add("--bits", type=int, choices=(2, 3, 4, 8), help="width of a code (4; 8 with smoothquant)")
+    add(
+        "--bits",
+        type=int,
+        choices=(2, 3, 4, 8),
+        help="width of a code; 2 and 3 take the room of 4, but for 2 in compressed-tensors (4; 8 with smoothquant)",
+    )
     add(
         "--budget",
         type=float,
@@ -80,17 +85,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--alpha", type=float, metavar="A", help="of smoothquant, 0 to 1: this exponent alone (searched in each group)")
     add(
         "--rules",
-        default="paper,duo",
         metavar="R,…",
         help="scale rules of awq that compete with identity: paper, duo, smoothquant, article, article-literal; "
-        "identity alone rounds to nearest (%(default)s)",
+        "identity alone rounds to nearest (paper,duo)",
     )
-    add("--grid", type=int, default=20, metavar="N", help="candidates of each rule (%(default)s)")
+    add("--grid", type=int, metavar="N", help="candidates of each rule (20)")
     add(
         "--objective",
         choices=("gram", "block"),
-        default="gram",
-        help="gram: exact output error of the linears; block: of the attention or MLP (%(default)s)",
+        help="gram: exact output error of the linears; block: of the attention or MLP (gram)",
     )
     add(
         "--propagate",
@@ -107,7 +110,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="then train codes and scales on each layer's output, 200 steps or so; takes longer than all the rest "
         "(%(default)s: off)",
     )
-    add("--no-clip", action="store_true", help="do not search clipping thresholds")
+    add("--no-clip", action="store_true", help="awq does not search clipping thresholds")
     add(
         "--gram-limit",
         type=float,
@@ -135,7 +138,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="stop where activations are not finite; without it the weights that read them are rounded to nearest and "
         "the report says so",
     )
-    add("--overwrite", action="store_true", help="replace OUT if it exists")
+    add("--overwrite", action="store_true", help="replace OUT if awq-jax wrote it")
     add(
         "--resume",
         choices=("auto", "required", "never"),
@@ -156,70 +159,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--json", action="store_true", help="print the report as JSON on stdout")
     add("--quiet", action="store_true", help="no progress and no summary")
     joining.add_arguments(parser)
-
-
-def _override(text: str, base: "QuantSpec") -> "tuple[str, QuantSpec | None]":
-    """Parse one --override."""
-    import dataclasses
-
-    glob, _, what = text.partition("=")
-    if what == "float":
-        return glob, None
-    fields = {"bits": "bits", "group": "group_size"}
-    changes: dict[str, Any] = {}
-    for item in what.split(","):
-        key, _, value = item.partition(":")
-        if key not in fields or fields[key] in changes or not re.fullmatch("-?[0-9]{1,9}", value):
-            raise ValueError(
-                f"--override {text!r}: expected GLOB=float, GLOB=bits:N, GLOB=group:N or both with a comma."
-            )
-        changes[fields[key]] = int(value)
-    return glob, dataclasses.replace(base, **changes)
-
-
-def _activations(args: argparse.Namespace) -> str:
-    """What multiplies weights, and refusals of options that say nothing without it."""
-    found = args.activations or ("token" if args.method == "smoothquant" else "float")
-    if args.alpha is not None and args.method != "smoothquant":
-        raise ValueError(f"--alpha belongs to --method smoothquant, not to {args.method}. Leave it out.")
-    if args.budget is not None and found != "float":
-        raise ValueError("--budget chooses widths, and what multiplies int8 activations has 8 bits. Leave it out.")
-    return found
-
-
-def _scale_dtype(args: argparse.Namespace, fmt: str) -> str:
-    """Loaders of compressed-tensors keep scales in the model's dtype: codes are rounded against that."""
-    from awq_jax_convert.hf_config import read_config
-
-    if args.scale_dtype or fmt != "compressed-tensors":
-        return args.scale_dtype or "float16"
-    return read_config(args.src, args.family).dtype
-
-
-def _recipe(args: argparse.Namespace, fmt: str) -> "Recipe":
-    from awq_jax._spec import QuantSpec, Recipe, RefineSpec, SearchSpec, SmoothSpec, rule
-
-    inputs = _activations(args)
-    whole = QuantSpec() if inputs == "float" else QuantSpec.w8a8()
-    quant = QuantSpec(
-        bits=args.bits or whole.bits,
-        group_size=whole.group_size if args.group_size is None else args.group_size,
-        symmetric=args.symmetric or whole.symmetric,
-        scale_dtype=_scale_dtype(args, fmt),
-        activations=inputs,
-    )
-    rules = tuple(rule(name.strip(), n_grid=args.grid) for name in args.rules.split(","))
-    clip = () if args.no_clip else SearchSpec().clip_ratios
-    limit = None if args.gram_limit is None else round(args.gram_limit * 1e9)
-    return Recipe(
-        quant=quant,
-        method=args.method,
-        smooth=SmoothSpec() if args.alpha is None else SmoothSpec(alphas=(args.alpha,)),
-        propagate=args.propagate,
-        refine=RefineSpec(steps=args.refine) if args.refine else None,
-        search=SearchSpec(rules=rules, objective=args.objective, clip_ratios=clip, gram_limit=limit),
-        overrides=tuple(_override(text, quant) for text in args.override),
-    )
 
 
 def _describe(layer: "LayerReport") -> str:
@@ -330,8 +269,8 @@ def run(args: argparse.Namespace) -> int:
     plain = args.budget is None and args.bits in (None, 4)
     fmt = args.format
     if fmt == "auto":
-        fmt = "compressed-tensors" if _activations(args) != "float" else "autoawq" if plain else "native"
-    recipe = _recipe(args, fmt)
+        fmt = "compressed-tensors" if activations_of(args) != "float" else "autoawq" if plain else "native"
+    recipe = recipe_of(args, fmt)
     about = {"src": str(args.src), "out": str(args.out), "format": fmt}
     if args.dry_run:
         with out_of_memory.explained(args, store_of(args.out)):

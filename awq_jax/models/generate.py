@@ -11,7 +11,7 @@ from jaxtyping import Array, Int
 
 from awq_jax.models.cache import KVCache
 from awq_jax.models.decoder import Decoder
-from awq_jax.models.sampling import sample
+from awq_jax.models.sampling import refuse_sampling, sample
 
 __all__ = ["generate"]
 
@@ -47,6 +47,7 @@ def generate(
     """
     if prompt.shape[1] < 1 or max_new_tokens < 1:
         raise ValueError(f"need a prompt and max_new_tokens of at least 1, got {prompt.shape[1]} and {max_new_tokens}.")
+    refuse_sampling(temperature, top_k, top_p)  # here, not while the program is traced
     graph, state = nnx.split(model)
     options = dict(temperature=temperature, top_k=top_k, top_p=top_p)
     return _run(graph, state, prompt, key, max_new_tokens, tuple(stop_tokens), tuple(options.items()))

@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-__all__ = ["sample", "truncated"]
+__all__ = ["refuse_sampling", "sample", "truncated"]
 
 
 def sample(
@@ -28,12 +28,7 @@ def sample(
     Raises:
       ValueError: a parameter is out of its range, or sampling without a key.
     """
-    if not 0 <= temperature < float("inf"):
-        raise ValueError(f"temperature is {temperature}; it must be 0 (greedy) or a positive number.")
-    if top_k is not None and top_k < 1:
-        raise ValueError(f"top_k is {top_k}; it must be at least 1.")
-    if top_p is not None and not 0 < top_p <= 1:
-        raise ValueError(f"top_p is {top_p}; it must lie in (0, 1].")
+    refuse_sampling(temperature, top_k, top_p)
     if temperature == 0:
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)
     if key is None:
@@ -44,6 +39,20 @@ def sample(
         keep = min(top_k or logits.shape[-1], logits.shape[-1])
         logits = truncated(logits, every(keep, jnp.int32), every(1.0 if top_p is None else top_p, jnp.float32))
     return jax.random.categorical(key, logits).astype(jnp.int32)
+
+
+def refuse_sampling(temperature: float, top_k: int | None, top_p: float | None) -> None:
+    """Refuse numbers out of their range.
+
+    Raises:
+      ValueError: naming the number.
+    """
+    if not 0 <= temperature < float("inf"):
+        raise ValueError(f"temperature is {temperature}; it must be 0 (greedy) or a positive number.")
+    if top_k is not None and top_k < 1:
+        raise ValueError(f"top_k is {top_k}; it must be at least 1.")
+    if top_p is not None and not 0 < top_p <= 1:
+        raise ValueError(f"top_p is {top_p}; it must lie in (0, 1].")
 
 
 def truncated(logits: Float[Array, "b v"], top_k: Int[Array, " b"], top_p: Float[Array, " b"]) -> Float[Array, "b v"]:

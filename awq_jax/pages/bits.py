@@ -17,10 +17,10 @@ def bits_in_words(budget: Data) -> str:
     shares = []
     for bits in budget["widths"]:
         share = sum(choice["weights"] for choice in budget["choices"] if choice["bits"] == bits) / total
-        shares.append(f"{100 * share:.0f} % of them at {bits}")
+        shares.append(f"{100 * share:.0f} % have {bits}")
     return (
         f"{budget['mean']:.4g} bits a weight with scales and zeros, of a budget of {budget['budget']:g}; of the "
-        f"weights that had a choice {', '.join(shares)}"
+        f"weights with a choice {', '.join(shares)}"
     )
 
 

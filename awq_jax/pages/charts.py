@@ -10,7 +10,7 @@ __all__ = ["Series", "bars", "curves", "stems"]
 
 
 _ENDS = (1, 1.2, 1.6, 2, 2.4, 3.2, 4, 4.8, 6, 8, 10)
-_READABLE = 40.0  # a bar as wide as its value in print
+_CHARACTER = 6.6  # wide, in print
 
 
 class Series(NamedTuple):
@@ -64,7 +64,8 @@ def bars(
     top = _round_up(max((v for s in series for v in s.values if v is not None), default=1.0) or 1.0)
     left, bottom = 52.0, height - 24
     room, slot = bottom - 18, min((width - left - 8) / max(len(labels), 1), 300.0)
-    wide = min(slot * 0.8 / len(series), 44.0)
+    wide = min(slot * 0.8 / len(series), 48.0)
+    longest = max((len(_number(v)) for s in series for v in s.values if v is not None), default=0)
     parts = []
     for step in range(5):
         y = bottom - room * step / 4
@@ -77,7 +78,7 @@ def bars(
             if value is None:
                 continue
             x, tall = middle + wide * (i - len(series) / 2), room * value / top
-            if wide >= _READABLE:
+            if wide >= _CHARACTER * longest:
                 parts.append(_text(x + wide * 0.47, bottom - tall - 4, _number(value)))
             parts.append(
                 f'<rect x="{x:.1f}" y="{bottom - tall:.1f}" width="{wide * 0.94:.1f}" height="{tall:.1f}" class="s{i}">'

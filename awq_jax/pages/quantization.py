@@ -155,7 +155,8 @@ def quantization_page(name: str, report: Data, *, measured: Sequence[tuple[str, 
     before, after = report["bytes_before"], report["bytes_after"]
     ratios = [r for layer in layers if (r := _ratio(layer["error"], layer["rtn_error"])) is not None]
     mean = sum(ratios) / len(ratios) if ratios else None
-    kept = sum(not layer["fell_back"] for layer in layers)
+    searched = [_ratio(layer["error"], layer["rtn_error"]) for layer in layers if not layer["fell_back"]]
+    helped = sum(ratio is not None and ratio < 1.0 for ratio in searched)
     covered = ", ".join(f"{count} {method}" for method, count in sorted(report["coverage"].items()))
     calibration = report["calibration"]
     device = report.get("peak_device_bytes", 0)
@@ -164,7 +165,7 @@ def quantization_page(name: str, report: Data, *, measured: Sequence[tuple[str, 
             [
                 (f"{after / 1e6:.1f} MB", f"from {before / 1e6:.1f} MB, {before / max(after, 1):.2f} times smaller"),
                 (_shown(mean, 2), "output error of a layer over round to nearest's, mean"),
-                (f"{kept} of {len(layers)}", "layers where the method helped"),
+                (f"{helped} of {len(layers)}", "layers where the method helped"),
                 (f"{sum(report['seconds'].values()):.1f} s", "from reading to writing"),
                 *measured,
             ]

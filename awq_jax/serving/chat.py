@@ -44,6 +44,11 @@ class Chat:
     ) -> None:
         Request(prompt=(0,), max_new_tokens=max_new_tokens, **sampling)  # refused before the weights are read
         self.template = ChatTemplate.of_checkpoint(directory, chat_template) if directory.is_dir() else None
+        if system and directory.is_dir() and self.template is None:
+            raise ValueError(
+                f"{directory} has no chat template, so a system message has no place in what it reads (--system). Give "
+                "a template (--chat-template), or begin your line with it."
+            )
         options: dict[str, Any] = {"max_len": max_len, "dense": dense, "family": family}
         self._engine, self._tokenizer, self._stops = engine_of(directory, slots=1, **options)
         self._limit, self._sampling = max_new_tokens, sampling

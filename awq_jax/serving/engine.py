@@ -122,7 +122,9 @@ class Engine:
         positions = config.max_position_embeddings
         self.max_len = positions if max_len is None else max_len
         if not 2 <= self.max_len <= positions:
-            raise ValueError(f"max_len is {self.max_len}; it must lie between 2 and the model's {positions} positions.")
+            raise ValueError(
+                f"max_len is {self.max_len}; it must lie between 2 and the model's {positions} positions (--max-len)."
+            )
         if slots < 1 or steps < 1 or queue < 1:
             raise ValueError(f"slots, steps and queue must be at least 1; got {slots}, {steps} and {queue}.")
         self.config, self.params, self.steps, self.queue = config, params, steps, queue

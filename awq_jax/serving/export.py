@@ -19,6 +19,7 @@ from awq_jax._version import __version__
 from awq_jax.serving import loader
 from awq_jax.serving.abstract import traced_for
 from awq_jax.serving.engine import MAX_STOPS, buckets_for
+from awq_jax.serving.extra import missing
 from awq_jax.serving.load import ServingModel, load
 from awq_jax.serving.loader import VERSION
 from awq_jax.serving.sampling import Sampling
@@ -29,6 +30,7 @@ from awq_jax_kernels.chips import TPUS
 __all__ = ["PLATFORMS", "export"]
 
 PLATFORMS = ("tpu", "cuda", "cpu")
+POSITIONS = 1024  # of a sequence, unless asked for more: the cache is an argument of every call
 
 
 def export(
@@ -37,7 +39,7 @@ def export(
     *,
     platform: str,
     batch: int = 8,
-    max_len: int = 1024,
+    max_len: int | None = None,
     steps: int = 8,
     chip: str | None = None,
     int8_cache: bool = False,
@@ -52,7 +54,7 @@ def export(
         each length that prompts are padded to, and ``loader.py``.
       platform: that runs them.
       batch: sequences at a time.
-      max_len: positions of each, prompt and answer.
+      max_len: positions of each, prompt and answer; None takes the model's, at most 1024.
       steps: tokens for each call of decode.
       chip: TPU generation whose tuned block sizes the kernels take; any TPU runs the ones taken without it.
       int8_cache, int4_head, family: as in `awq_jax.serving.http.engine_of`.
@@ -64,6 +66,10 @@ def export(
       FileExistsError: ``out`` exists.
       ValueError: a number, the platform or the chip is none of those there are.
     """
+    try:
+        import flatbuffers  # noqa: F401 - jax writes with it, once all is compiled
+    except ModuleNotFoundError as error:
+        raise missing("exporting needs", error.name) from error
     out = Path(out)
     if os.path.lexists(out):  # before the weights are read
         raise FileExistsError(errno.EEXIST, "the output exists; choose another name", str(out))
@@ -76,6 +82,7 @@ def export(
     wide = jnp.float32 if platform == "cpu" else jnp.bfloat16
     model = load(directory, dtype=wide, int4_head=int4_head, family=family, stored_order=True)
     positions = model.config.max_position_embeddings
+    max_len = min(POSITIONS, positions) if max_len is None else max_len
     if not 2 <= max_len <= positions:
         raise ValueError(f"max_len is {max_len}; the model has {positions} positions (--max-len).")
     dtype = jnp.int8 if int8_cache else model.dtype

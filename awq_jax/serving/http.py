@@ -2,6 +2,7 @@
 """From a directory to a listening socket."""
 
 import socket
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from awq_jax.serving.engine import Engine
+from awq_jax.serving.extra import missing
 from awq_jax.serving.load import load
 from awq_jax.serving.template import ChatTemplate
 from awq_jax.serving.worker import Worker
@@ -88,7 +90,7 @@ def serve(
 
         from awq_jax.serving.server import Limits, Served, application
     except ModuleNotFoundError as error:
-        raise ValueError(f"serving needs {error.name}: pip install 'awq-jax[serve]'.") from error
+        raise missing("serving needs", error.name) from error
     if not 0 <= port < 1 << 16 or max_body < 1:
         raise ValueError(f"port {port} and max-body {max_body}: a port lies between 0 and 65535, a body has bytes.")
     if chat_template is not None and not chat_template.is_file():
@@ -96,7 +98,8 @@ def serve(
     listening = socket.socket()
     listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     with listening:
-        listening.bind(("127.0.0.1", port))  # first: a taken port is found before minutes of loading
+        _bind(listening, port)  # first: a taken port is found before minutes of loading
+        print(f"reading {directory} and compiling", file=sys.stderr, flush=True)  # minutes, for a large one
         engine, tokenizer, stops = engine_of(directory, **options)
         template = ChatTemplate.of_checkpoint(directory, chat_template)
         engine.compile()  # before the first client waits for it
@@ -119,3 +122,12 @@ def serve(
             server_header=False,
         )
         uvicorn.Server(config).run(sockets=[listening])
+
+
+def _bind(listening: socket.socket, port: int) -> None:
+    """Of this machine alone."""
+    try:
+        listening.bind(("127.0.0.1", port))
+    except OSError as error:
+        why = f"{error.strerror}; take another (--port), or 0 for one that is free"
+        raise type(error)(error.errno, why, f"port {port}") from None

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from awq_jax._files import read_json, read_text
+from awq_jax.serving.extra import missing
 
 __all__ = ["ChatTemplate"]
 
@@ -30,7 +31,7 @@ class ChatTemplate:
             import jinja2
             import jinja2.sandbox
         except ModuleNotFoundError as error:
-            raise ValueError("chat templates need jinja2: pip install 'awq-jax[serve]'.") from error
+            raise missing("chat templates need", error.name) from error
         if len(source) > _LIMIT:
             raise ValueError(f"the chat template has {len(source)} characters; at most {_LIMIT} are read.")
         environment = jinja2.sandbox.ImmutableSandboxedEnvironment(

@@ -8,10 +8,11 @@ from awq_jax_convert.keymap import home, theirs
 from awq_jax_convert.scheme import Scheme, form
 from awq_jax_convert.source import Checkpoint
 
-__all__ = ["fused", "refuse_unwritable"]
+__all__ = ["NATIVE", "fused", "refuse_unwritable"]
 
 Schemes = Mapping[str, Scheme | None]
-_NATIVE = "or write the native format (--format native)."
+NATIVE = "(--format native, or convert --to native)"
+_NATIVE = f"or write the native format {NATIVE}."
 
 
 def _said(path: str, scheme: Scheme | None) -> str:
@@ -56,7 +57,7 @@ def _refuse_widths(schemes: Schemes) -> None:
     if odd and len(odd) < sum(scheme is not None for scheme in schemes.values()):
         raise ValueError(
             f"AutoAWQ files hold 4 bits, and {_said(odd[0], schemes[odd[0]])} is one of {len(odd)} weights that are to "
-            "have others. Write compressed-tensors or the native format (--format native)."
+            f"have others. Write compressed-tensors or the native format {NATIVE}."
         )
 
 

@@ -10,6 +10,7 @@ import numpy as np
 from awq_jax._spec import QuantSpec
 from awq_jax_convert.autoawq import AutoAWQ
 from awq_jax_convert.compressed_tensors import CompressedTensors
+from awq_jax_convert.fit import NATIVE
 from awq_jax_convert.hf import HFCheckpoint
 from awq_jax_convert.hf_config import FamilyChoice
 from awq_jax_convert.hf_writer import HFWriter
@@ -19,7 +20,7 @@ from awq_jax_convert.native_writer import NativeFollower, NativeWriter
 from awq_jax_convert.sink import ModelWriter
 from awq_jax_convert.source import Checkpoint
 
-__all__ = ["FORMATS", "open_checkpoint", "open_follower", "open_writer", "refuse_misfit"]
+__all__ = ["FORMATS", "open_checkpoint", "open_follower", "open_writer", "refuse_misfit", "unsaved"]
 
 FORMATS = ("autoawq", "compressed-tensors", "native")
 
@@ -42,19 +43,19 @@ def _refuse_for_autoawq(specs: Collection[QuantSpec]) -> None:
     for spec in specs:
         if spec.bits != 4:
             raise ValueError(
-                f"AutoAWQ files hold 4 bits, not {spec.bits}. Write compressed-tensors or the native format "
-                "(--format native)."
+                f"AutoAWQ files hold 4 bits, not {spec.bits}. Write "
+                f"{'' if spec.bits == 3 else 'compressed-tensors or '}the native format {NATIVE}."
             )
         if spec.scale_dtype != "float16":
             raise ValueError(
                 f"AutoAWQ files hold float16 scales, not {spec.scale_dtype}. Write compressed-tensors or the native "
-                "format (--format native)."
+                f"format {NATIVE}."
             )
     sizes = sorted({spec.group_size for spec in specs})
     if len(sizes) > 1:
         raise ValueError(
             f"an AutoAWQ checkpoint has one group size, the overrides ask for {sizes}. Use one, or write "
-            "compressed-tensors or the native format (--format native)."
+            f"compressed-tensors or the native format {NATIVE}."
         )
 
 
@@ -62,18 +63,34 @@ def _refuse_for_compressed_tensors(specs: Collection[QuantSpec]) -> None:
     if len({spec.activations == "float" for spec in specs}) > 1:
         raise ValueError(
             "a compressed-tensors checkpoint is packed words or, with int8 activations, bytes: every quantized weight "
-            "must have int8 activations, or none. Write the native format (--format native)."
+            f"must have int8 activations, or none. Write the native format {NATIVE}."
         )
     if any(spec.bits == 3 for spec in specs):
         raise ValueError(
             "compressed-tensors has two layouts for 3 bits and its files don't say which. Write the native format "
-            "(--format native)."
+            f"{NATIVE}."
         )
     if len({spec.group_size == -1 for spec in specs}) > 1 or len({spec.symmetric for spec in specs}) > 1:
         raise ValueError(
             "compressed-tensors is written with groups or with whole columns, with zeros or without, not mixed. Write "
-            "the native format (--format native)."
+            f"the native format {NATIVE}."
         )
+
+
+def unsaved(format: str, specs: Iterable[QuantSpec]) -> tuple[str, ...]:
+    """A warning where fewer bits make no smaller directory, else nothing.
+
+    >>> unsaved("native", [QuantSpec(bits=4)]), len(unsaved("native", [QuantSpec(bits=3)]))
+    ((), 1)
+    """
+    widths = sorted({spec.bits for spec in specs} & {2, 3})
+    if format != "native" or not widths:
+        return ()
+    said = " and ".join(map(str, widths))
+    return (
+        f"codes of {said} bits take the room of 4 in the native format and in memory, so nothing is saved by them: "
+        "they show what fewer bits cost. With 4 instead the directory is as large and the model better",
+    )
 
 
 def refuse_misfit(format: str, specs: Iterable[QuantSpec]) -> None:

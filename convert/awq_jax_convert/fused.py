@@ -40,7 +40,7 @@ def _join(name: str, parts: Sequence[Any], taken: Sequence[np.ndarray]) -> Any:
     if len({jax.tree.structure(part) for part in parts}) > 1 or len({_grid(part) for part in parts}) > 1:
         raise ValueError(
             f"{name!r} is one tensor in this checkpoint, but its parts were quantized differently. Give all of them "
-            "the same override, or write the native format (--format native)."
+            "the same override, or write the native format (--format native, or convert --to native)."
         )
     width = sum(len(each) for each in taken)
 

@@ -103,7 +103,10 @@ def _table(directory: Path, raw: dict[str, Any], given: FamilyChoice) -> Table:
     table = table_beside(directory) if given is None else open_table(given)
     if table is None:
         if not isinstance(named, list) or len(named) != 1 or not isinstance(named[0], str):
-            raise ValueError(f"{directory / CONFIG} must name one architecture; 'architectures' is {named!r}.")
+            raise ValueError(
+                f"{directory / CONFIG} must name one architecture; 'architectures' is {named!r}. If you know what "
+                "model it is, name its family (--family)."
+            )
         return Table(by_architecture(named[0], raw), None)
     wanted = table.family.architectures
     if table.text is not None and wanted and (not isinstance(named, list) or not set(map(str, named)) & set(wanted)):

@@ -261,6 +261,15 @@ def test_numbers_among_the_parameters(x):
     assert distance(adapt.serve(scaled)(qparams, x), scaled(dense(qparams), x)) < 1e-5
 
 
+def test_an_array_given_for_a_list_of_batches_is_pointed_out(rng, x):
+    params = {"a": jnp.asarray(rng.standard_normal((D, D)), jnp.float32)}
+    program = lambda p, batch: jnp.einsum("btd,dn->btn", batch, p["a"])
+    table = adapt.propose(program, params, x)
+    with pytest.raises(ValueError) as failed:
+        adapt.observe(program, params, x, table)
+    assert any("give [batches]" in note for note in failed.value.__notes__)
+
+
 def test_a_weight_that_one_batch_alone_reads(rng, x):
     """Its statistics are of that batch, whichever came first."""
     params = {name: jnp.asarray(rng.standard_normal((D, D)), jnp.float32) for name in "ab"}

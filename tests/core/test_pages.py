@@ -134,6 +134,20 @@ def test_charts_of_nothing_and_of_gaps_are_still_charts():
     assert "nan" not in made and made.count('role="img"') == 6 and made.count("<svg") == made.count("</svg>")
 
 
+def test_a_layer_that_is_as_it_was_was_not_helped():
+    report = a_report("minmax")
+    assert "1 of 2 layers where the method helped" in " ".join(read(quantization_page("x", report)).split())
+    report["layers"][1]["error"] = report["layers"][1]["rtn_error"]
+    assert "0 of 2 layers where the method helped" in " ".join(read(quantization_page("x", report)).split())
+
+
+def test_values_that_would_run_into_each_other_are_left_to_the_pointer():
+    draw = lambda value: bars(list("abcdefgh"), [Series(name, [value] * 8) for name in "xy"], label="x")
+    assert draw(0.02).count(">0.02</text>") >= 16
+    long = draw(0.00706)
+    assert ">0.00706</text>" not in long and long.count("0.00706</title>") == 16
+
+
 def test_what_is_far_above_round_to_nearest_leaves_the_picture_and_is_not_drawn_as_level():
     """A line along the upper edge would say that all large exponents cost the same."""
     picture = curves([("a", [0.0, 0.5, 1.0], [0.9, 5.0, 50.0])], (0.0, 0.9), label="x")

@@ -126,6 +126,15 @@ def test_the_card_tells_of_mixed_bits(llama: Oracle, tmp_path: Path):
     card = (tmp_path / "out" / "README.md").read_text()
     assert "INT4 and INT3" in card and "tags: [awq, int4, int3, awq-jax]" in card
     assert "12 of 4 bits in groups of 32, 2 of 3 bits in groups of 32" in card
+    assert "codes of 3 bits take the room of 4" in card
+
+
+def test_a_dry_run_says_which_bits_save_nothing(llama: Oracle, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    arguments = ["quantize", str(llama.path), str(tmp_path / "out"), "--dry-run", "--bits", "2", *FAST]
+    assert main([*arguments, "--format", "native"]) == 0
+    assert "codes of 2 bits take the room of 4" in capsys.readouterr().out
+    assert main([*arguments, "--format", "compressed-tensors"]) == 0  # packs them as two
+    assert "the room of 4" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("wide", [False, True])
@@ -144,3 +153,46 @@ def test_logits_are_those_of_the_oracle(llama: Oracle, wide: bool):
 def test_logits_refuses(llama: Oracle, ids: list[float], said: str):
     with pytest.raises(ValueError, match=said):
         logits(load_model(llama.path), ids)
+
+
+@pytest.mark.parametrize(
+    ("slip", "said"),
+    [
+        (
+            "eval A --text t --tokns 3",
+            "awq-jax eval: --tokns is not an option here; did you mean --tokens? See `",
+        ),
+        (
+            "quantize A B --nothing=3",
+            "awq-jax quantize: --nothing is not an option here. See `",
+        ),
+        ("quantize A B C", "awq-jax quantize: 'C' is one argument too many. See"),
+        ("quantize A B --bits 5", "awq-jax quantize: argument --bits: invalid choice: 5 (choose"),
+        ("convert A B", "awq-jax convert: the following arguments are required: --to. See"),
+    ],
+)
+def test_a_slip_is_answered_in_one_line(slip: str, said: str, capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(SystemExit) as ended:
+        main(slip.split())
+    assert ended.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(said)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--temperature", "-1"], "temperature is -1.0; it must be 0 (greedy) or a positive number."),
+        (["--temperature", "1", "--top-p", "2"], "top_p is 2.0; it must lie in (0, 1]."),
+        (["--top-p", "0.9"], "--top-p 0.9 says nothing at temperature 0, which is greedy. Give --temperature 1."),
+        (["--max-new-tokens", "0"], "max_new_tokens is 0; it must be at least 1 (--max-new-tokens)."),
+    ],
+)
+def test_sampling_is_refused_before_the_weights_are_read(options, said, capsys: pytest.CaptureFixture[str]):
+    assert main(["generate", "nowhere", "--prompt", "a", *options]) == 2
+    assert capsys.readouterr().err == f"awq-jax generate: {said}\n"
+
+
+def test_a_prompt_that_fills_the_model_is_to_be_shorter(llama: Oracle, capsys: pytest.CaptureFixture[str]):
+    assert main(["generate", str(llama.path), "--prompt", "word " * 500]) == 2
+    assert "Give a shorter one (--prompt)" in capsys.readouterr().err

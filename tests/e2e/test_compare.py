@@ -4,6 +4,7 @@
 import csv
 import io
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -64,3 +65,15 @@ def test_an_existing_output_is_kept(compared: Path, llama: Oracle, capsys: pytes
     assert main(["compare", str(llama.path), str(compared), *CALIB]) == 2
     assert str(compared) in capsys.readouterr().err
     assert (compared / "comparison.json").read_bytes() == before
+
+
+def test_a_log_hears_of_every_step(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    def steps(*args: object, progress: Callable[[str], None], **options: object) -> tuple[Compared, ...]:
+        progress("1/2 int4-awq")
+        return ()
+
+    monkeypatch.setattr("awq_jax.compare.compare_methods", steps)
+    assert main(["compare", "src", "out"]) == 0
+    assert capsys.readouterr().err == "1/2 int4-awq\n"
+    assert main(["compare", "src", "out", "--quiet"]) == 0
+    assert capsys.readouterr().err == ""

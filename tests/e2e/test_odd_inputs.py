@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
@@ -202,6 +203,18 @@ def test_what_failed_beside_an_error_is_told(monkeypatch: pytest.MonkeyPatch, ca
     assert main(["generate", "anything", "--prompt", "a"]) == 1
     first, second = capsys.readouterr().err.splitlines()
     assert first == "awq-jax generate: out/layer_3: No space left on device" and second.startswith("What was done")
+
+
+def test_what_jax_left_out_of_a_traceback_is_not_told(monkeypatch: pytest.MonkeyPatch, capsys):
+    def fail(*args: object, **options: object) -> None:
+        def refuse(x: jax.Array) -> jax.Array:
+            raise ValueError("the reason")
+
+        jax.jit(refuse)(1.0)
+
+    monkeypatch.setattr("awq_jax.run.generate_text", fail)
+    assert main(["generate", "anything", "--prompt", "a"]) == 2
+    assert capsys.readouterr().err == "awq-jax generate: the reason\n"
 
 
 def test_a_reader_that_leaves_is_not_an_error_message(llama: Oracle):

@@ -127,7 +127,7 @@ def test_there_and_back_through_the_native_format(smooth: Path, tmp_path: Path, 
     [
         (["--alpha", "0.5"], "--alpha belongs to --method smoothquant"),
         (["--method", "smoothquant", "--alpha", "2"], "at least one number from 0 to 1"),
-        (["--method", "smoothquant", "--bits", "4"], "symmetric weights of 8 bits"),
+        (["--method", "smoothquant", "--bits", "4"], "--bits 4: .*of 8 bits alone. Leave it out"),
         (["--method", "smoothquant", "--group-size", "32"], "group_size=32"),
         (["--method", "smoothquant", "--activations", "float", "--group-size", "32"], r"QuantSpec\.w8a8\(\)"),
         (["--method", "smoothquant", "--override", "*/o=bits:4"], "an override can leave a weight in floating point"),

@@ -82,6 +82,19 @@ def test_a_tpu_s_artefacts_are_made_here_with_its_kernel_inside(native, tmp_path
     assert "tensor<256x1536xbf16>" not in text and "tensor<256x1536xf32>" not in text  # gate and up, dense
 
 
+def test_what_the_extra_brings_is_missed_before_any_work(tmp_path, monkeypatch, capsys):
+    from awq_jax.cli import main
+
+    monkeypatch.setitem(sys.modules, "flatbuffers", None)
+    assert main(["export", "nowhere", str(tmp_path / "out"), "--platform", "cpu"]) == 2
+    assert "exporting needs flatbuffers: pip install 'awq-jax[serve]', or '.[serve]'" in capsys.readouterr().err
+
+
+def test_a_model_of_few_positions_is_exported_as_it_is(native, tmp_path):
+    manifest = export(native, tmp_path / "out", platform="cpu", batch=1, steps=1)
+    assert manifest["max_len"] == 512
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [

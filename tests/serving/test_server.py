@@ -265,6 +265,18 @@ def test_only_this_machine_reaches_it(native, monkeypatch, capsys):
     assert f"http://127.0.0.1:{port}/v1" in capsys.readouterr().out
 
 
+def test_a_taken_port_is_named_before_anything_is_read(native, capsys):
+    from awq_jax.cli import main
+
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        assert main(["serve", str(native), "--port", str(port)]) == 1
+    said = capsys.readouterr().err
+    assert f"port {port}: Address already in use; take another (--port), or 0" in said and "reading" not in said
+
+
 def test_a_full_queue_says_so(running):
     held = [begin_stream(running, tokens=90) for _ in range(4)]
     engine = running.served.worker.engine

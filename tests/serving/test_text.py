@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from awq_jax.demo import MODEL as TINY_LM
 from awq_jax.serving.engine import start_of
 from awq_jax.serving.protocol import Refusal, parse
 from awq_jax.serving.template import ChatTemplate
@@ -136,3 +137,10 @@ def test_a_template_that_is_a_link_out_of_the_checkpoint_is_not_read(tmp_path):
     (tmp_path / "model" / "chat_template.jinja").symlink_to(tmp_path / "secret")
     with pytest.raises(ValueError, match=r"chat_template.jinja is a link to .*; it is not followed"):
         ChatTemplate.of_checkpoint(tmp_path / "model")
+
+
+def test_a_system_message_without_a_template_is_refused(capsys):
+    from awq_jax.cli import main
+
+    assert main(["chat", str(TINY_LM), "--system", "be brief"]) == 2
+    assert "has no chat template, so a system message has no place" in capsys.readouterr().err
