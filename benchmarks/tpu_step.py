@@ -32,6 +32,7 @@ DEFAULT = ("8B:v5e:data=2,model=4", "8B:v6e:data=2,model=4", "8B:v5p:model=4")
 DEFAULT += ("70B:v5e:model=8", "70B:v6e:model=8", "70B:v5p:model=4")
 _ENVIRONMENT = {
     "JAX_PLATFORMS": "cpu",
+    "XLA_FLAGS": "",
     "JAX_ENABLE_COMPILATION_CACHE": "false",
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "true",
     "TPU_SKIP_MDS_QUERY": "1",  # the rest keep libtpu from looking for the host that it is not on

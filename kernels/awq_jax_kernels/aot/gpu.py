@@ -121,6 +121,7 @@ def compile_program(program: Program, gpu: str = "h100", *, timeout_s: float = 3
         (folder / "dump").mkdir()
         environment = {
             "JAX_PLATFORMS": "cpu",
+            "XLA_FLAGS": "",  # what the caller wants of its own programs
             "JAX_ENABLE_COMPILATION_CACHE": "false",  # a program from the cache leaves no dump
             "MOSAIC_GPU_DUMP_TO": str(folder / "dump"),
         }

@@ -146,6 +146,7 @@ def environment(dump: Path, *, profile: bool) -> dict[str, str]:
     return {
         "LIBTPU_INIT_ARGS": " ".join(flags),
         "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": "",  # what the caller wants of its own programs
         "JAX_ENABLE_COMPILATION_CACHE": "false",  # a program from the cache leaves no dump
         "ALLOW_MULTIPLE_LIBTPU_LOAD": "true",
         # Without these four libtpu looks for the TPU host that it is not on.
