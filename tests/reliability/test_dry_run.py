@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
 
@@ -105,6 +106,24 @@ def test_bytes_are_those_that_a_run_writes(tmp_path: Path, monkeypatch: pytest.M
     assert (found.bytes_before, found.bytes_after) == (done.bytes_before, done.bytes_after)
     assert found.tokens == calib().tokens.size
     assert found.to_dict()["flops"] == sum(layer.flops for layer in found.layers)
+
+
+@pytest.mark.parametrize(("mesh", "share"), [(None, 1), ({"model": 2}, 2)])
+def test_a_device_holds_the_next_layer_as_it_is_stored(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mesh, share: int
+):
+    source = make_source(tmp_path / "source")
+    options = {"recipe": RECIPE, "format": "native", "samples": 4, "seq_len": 24, "batch": 2, "mesh": mesh}
+    dry = lambda: dry_run_directory(source, **options).device_bytes
+    on_the_host = dry()  # of a CPU, whose memory holds it as read
+    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+    checkpoint = HFCheckpoint.open(source)
+    weights = [path for path in checkpoint.paths() if path.startswith("layers/1/")]
+    shared = [path for path in weights if len(checkpoint.shape(path)) > 1]
+    one = (
+        sum(map(checkpoint.stored_nbytes, weights)) - sum(map(checkpoint.stored_nbytes, shared)) * (share - 1) // share
+    )
+    assert dry() - on_the_host == one
 
 
 @pytest.mark.slow
