@@ -160,8 +160,11 @@ def quantize_layers(
         for index in range(resumed, checkpoint.config.num_layers):
             plan = job.plans[index]
             job.hosts.meet(f"layer {index}")
+            with clock.phase("read and write"):
+                params = next(layers)
             with clock.phase("quantize"):
-                outcome = streams.through(float32(next(layers)), checkpoint.config.of_layer(index), plan)
+                params = float32(params)
+                outcome = streams.through(params, checkpoint.config.of_layer(index), plan)
             _refuse_unusable(index, outcome.layer.params, outcome, strict=job.strict)
             report = layer_report(index, plan, outcome)
             with clock.phase("read and write"):

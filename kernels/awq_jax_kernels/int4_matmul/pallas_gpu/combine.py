@@ -93,10 +93,7 @@ def _mailbox(sharing: Sharing, mail: ir.Value, owner: int, sender: ir.Value, pla
 
 
 def send(sharing: Sharing, total: mgpu.FragmentedArray, mail: ir.Value, turn: ir.Value, place: ir.Value) -> None:
-    """Send every other holder its vectors of this warpgroup's tile; `place` is the tile's number in the block.
-
-    All blocks of the cluster have begun and own their memory: a Mosaic GPU kernel starts with a barrier of its cluster.
-    """
+    """Send every other holder its vectors of this warpgroup's tile; `place` is the tile's number in the block."""
     me, i32 = holder(sharing, turn), ir.IntegerType.get_signless(32)
     for owner in range(sharing.holders):
         with mgpu.when(arith.cmpi(arith.CmpIPredicate.ne, me, const(owner))):
