@@ -73,7 +73,7 @@ BASES = {
     ],
     1024: [
         BlockConfig(128, wide=2, deep=1, stages=4, scale_weight=True),
-        BlockConfig(120, wide=2, deep=1, stages=4, scale_weight=True),
+        BlockConfig(128, wide=2, deep=1, stages=4, scale_weight=True, persistent=True),
     ],
 }
 
@@ -98,7 +98,7 @@ def candidates(m: int, k: int, n: int) -> list[BlockConfig]:
     found = [derive(m, k, n, 128, exact=False)]
     for base in bases:
         blocks = n // (128 * base.wide) * -(-m // base.tokens)
-        fitting = [s for s in (1, 2, 3, 4) if s * blocks <= 132] or [1]
+        fitting = [1] if base.persistent else [s for s in (1, 2, 3, 4) if s * blocks <= 132] or [1]
         found += [dataclasses.replace(base, split=s) for s in fitting[-2:] if s * blocks > 80 or s == fitting[-1]]
     unique = list(dict.fromkeys(found))
     return [c for c in unique if c.problem(k, n, 128) is None]
@@ -279,6 +279,7 @@ def table(jobs: list[Job]) -> list[dict[str, Any]]:
         rows.append(row)
         c = j.config
         short = "" if c is None else f"t{c.tokens} w{c.wide} d{c.deep} s{c.split} {c.step}x{c.stages}"
+        short += " persistent" if c is not None and c.persistent else ""
         short += f" {row['error']:.4f}" if j.name != "bf16" else ""
         print(f"{j.k}x{j.n} {j.m:4} {j.name[:5]:5} {j.operands:5} {us:8.2f} {ratio:5.2f} {row['TB_s']:.2f} {short}")
     return rows

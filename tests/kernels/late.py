@@ -17,7 +17,9 @@ from awq_jax_kernels.mosaic_gpu.registers import asm, const
 __all__ = ["fetch"]
 
 
-def fetch(late: int, ctx: Any, barriers: ir.Value, copies: list[Any], first: ir.Value, steps: ir.Value) -> None:
+def fetch(
+    late: int, ctx: Any, barriers: ir.Value, copies: list[Any], first: ir.Value, steps: ir.Value, before: ir.Value
+) -> None:
     """As `pipeline.fetch`; `late` is a step of the first round, and all of that round are taken to be there."""
     stages = ir.MemRefType(barriers.type).shape[0] // 2
     index, i32 = ir.IndexType.get(), ir.IntegerType.get_signless(32)
@@ -27,14 +29,21 @@ def fetch(late: int, ctx: Any, barriers: ir.Value, copies: list[Any], first: ir.
         lane = nvvm.elect_sync()
 
         def issue(i: ir.Value) -> None:
-            slot, step = arith.remui(i, const(stages)), arith.index_cast(index, arith.addi(first, i))
+            slot, step = arith.remui(i, const(stages)), arith.addi(first, arith.subi(i, before))
             for copy in copies:
-                copy.issue(ctx, arith.index_cast(index, slot), step, pipeline._full(barriers, slot), lane)
+                copy.issue(
+                    ctx,
+                    arith.index_cast(index, slot),
+                    arith.index_cast(index, step),
+                    pipeline._full(barriers, slot),
+                    lane,
+                )
 
         with mgpu.when(lane):
 
             @mgpu.fori(steps, [])
             def _(i: ir.Value, carry: list[Any]) -> list[Any]:
+                i = arith.addi(before, i)
                 slot, use = arith.remui(i, const(stages)), arith.divui(i, const(stages))
                 with mgpu.when(arith.cmpi(arith.CmpIPredicate.ugt, use, const(0))):
                     pipeline._wait(pipeline._free(barriers, slot), arith.andi(arith.subi(use, const(1)), const(1)))

@@ -52,6 +52,7 @@ def test_decode_stays_within_its_instructions(m, tiles):
         BlockConfig(64, wide=2, deep=1, stages=5, split=2, scale_weight=True),
         BlockConfig(128, deep=2, stages=5, scale_weight=True),
         BlockConfig(128, wide=2, deep=1, stages=4, split=2, scale_weight=True),
+        BlockConfig(128, wide=2, deep=1, stages=4, scale_weight=True, persistent=True),
     ],
     ids=lambda c: "-".join(str(v) for v in dataclasses.astuple(c)[:6]),
 )
@@ -101,6 +102,16 @@ def test_a_slot_that_goes_from_reader_to_reader_is_waited_for_twice(stages, wait
     config = BlockConfig(16, wide=2, deep=2, stages=stages)
     kernel = kernel_of(gpu.compile_program(gpu_static.program(16, K, N, tiles=True, config=config)))
     assert kernel.loop["SYNCS"] == waits + 1, "and it is released"
+
+
+def test_a_loop_within_the_loop_over_tiles_costs_no_more():
+    """A branch that threads could take differently would make every thread keep the ring's books for itself."""
+    config = BlockConfig(128, wide=2, deep=1, stages=4, scale_weight=True)
+    once, staying = (
+        kernel_of(gpu.compile_program(gpu_static.program(1000, K, N, tiles=True, config=c)))
+        for c in (config, dataclasses.replace(config, persistent=True))
+    )
+    assert "R2UR" not in staying.loop and sum(staying.loop.values()) <= sum(once.loop.values()) + 4
 
 
 def test_a_product_in_flight_and_the_next_operand_share_no_registers():

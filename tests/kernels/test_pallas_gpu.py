@@ -58,6 +58,24 @@ def test_every_cut(rng, config, tiles):
     check(functools.partial(product, tiles=tiles, config=config), problem)
 
 
+@pytest.mark.parametrize("tiles", [False, True])
+@pytest.mark.parametrize("m", [72, 1000, 1072])
+@pytest.mark.parametrize(
+    "config",
+    [
+        BlockConfig(16, wide=2, deep=1, stages=7, persistent=True),
+        BlockConfig(64, wide=2, deep=1, stages=5, scale_weight=True, persistent=True),
+        BlockConfig(128, wide=2, deep=1, stages=4, scale_weight=True, persistent=True),
+        BlockConfig(128, deep=1, stages=5, scale_weight=True, persistent=True),
+    ],
+    ids=lambda c: "-".join(str(v) for v in dataclasses.astuple(c)),
+)
+def test_blocks_that_stay(rng, config, m, tiles):
+    """Fewer tiles than blocks, all shared; more than blocks; an odd number for each pair, and an even one."""
+    problem = make_problem(rng, Case(m, 640, 2560, 128), scale_dtype="bfloat16")
+    check(functools.partial(product, tiles=tiles, config=config), problem)
+
+
 @pytest.mark.parametrize(
     "config",
     [
@@ -80,6 +98,8 @@ def test_a_loop_short_enough_to_unroll(rng, config):
         BlockConfig(16, wide=2, deep=2, stages=7),
         BlockConfig(64, deep=2, stages=7, scale_weight=True),
         BlockConfig(128, deep=2, stages=5, scale_weight=True),
+        BlockConfig(16, wide=2, deep=1, stages=7, persistent=True),
+        BlockConfig(128, deep=1, stages=5, scale_weight=True, persistent=True),
     ],
     ids=lambda c: "-".join(str(v) for v in dataclasses.astuple(c)),
 )

@@ -14,7 +14,7 @@ from awq_jax_kernels.mosaic_gpu.registers import asm, const, element_pointer
 __all__ = [
     "PLAIN", "SCALAR", "add", "block_sum", "call", "dot", "each", "exp2", "float_instruction", "fma",
     "maximum", "multiply", "parts", "read", "read_integers", "reduce_lanes", "rounded", "scaled", "send", "splat",
-    "total", "value", "vector_of", "write",
+    "total", "value", "vector_of", "write", "write_if",
 ]  # fmt: skip
 
 PLAIN = plgpu.RefType()
@@ -74,6 +74,19 @@ def write(ref: ir.Value, index: ir.Value, wide: ir.Value) -> None:
     kept = wide if element == ir.F32Type.get() else arith.truncf(ir.VectorType.get(shape, element), wide)
     alignment = min(16, shape[0] * mgpu.bytewidth(element))
     llvm.store(kept, element_pointer(ref, index, element), alignment=alignment)
+
+
+def write_if(condition: ir.Value, ref: ir.Value, index: ir.Value, wide: ir.Value) -> None:
+    """`write` of two 32-bit words to device memory where the condition holds, without a branch.
+
+    Behind a branch that the assembler takes for divergent it leaves loops' bookkeeping to every thread.
+    """
+    element, i32 = _element(ref), ir.IntegerType.get_signless(32)
+    kept = arith.truncf(ir.VectorType.get(ir.VectorType(wide.type).shape, element), wide)
+    words = vector.bitcast(ir.VectorType.get((2,), i32), kept)
+    at = llvm.ptrtoint(ir.IntegerType.get_signless(64), element_pointer(ref, index, element))
+    text = "{ .reg .pred p; setp.ne.b32 p, $3, 0; @p st.global.v2.b32 [$0], {$1, $2}; }"
+    asm(text, "l,r,r,r", at, *(llvm.extractelement(words, const(i)) for i in range(2)), arith.extui(i32, condition))
 
 
 def send(ref: ir.Value, index: ir.Value, rank: ir.Value, number: ir.Value) -> None:

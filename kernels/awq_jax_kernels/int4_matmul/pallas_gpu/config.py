@@ -23,6 +23,7 @@ class BlockConfig:
       step: contraction steps fetched at once, a multiple of 128.
       stages: slots of the ring; a multiple of `deep` saves a wait for each step.
       scale_weight: scale the codes (rounded to the dtype of x) and not the float32 results.
+      persistent: as many blocks as the GPU holds take tile after tile; for more tiles than it holds.
     """
 
     tokens: int = 16
@@ -32,6 +33,7 @@ class BlockConfig:
     step: int = 128
     stages: int = 9
     scale_weight: bool = False
+    persistent: bool = False
 
     @property
     def readers(self) -> int:
@@ -41,7 +43,7 @@ class BlockConfig:
     @property
     def registers(self) -> tuple[int, int]:
         """Registers a thread for the readers and for the fetching warpgroup, of 65536 in all."""
-        return {1: (232, 40), 2: (232, 40), 3: (152, 40), 4: (112, 24)}[self.readers]
+        return {1: (232, 40), 2: (240, 24), 3: (152, 40), 4: (112, 24)}[self.readers]
 
     def problem(self, k: int, n: int, g: int) -> str | None:
         """Why these blocks can't cut a ``[k, n]`` weight with groups of g rows, or None."""
@@ -57,6 +59,8 @@ class BlockConfig:
             return f"step={self.step} and groups of {g} rows don't divide each other"
         if g < 64 and not self.scale_weight:
             return f"groups of {g} rows need scale_weight"
+        if self.persistent and (self.deep > 1 or self.split > 1 or k < 2 * self.step):
+            return f"persistent blocks come in pairs that share two steps or more of k={k}: deep=1 and split=1"
         if not self.scale_weight and self.tokens * self.readers > 128:
             return f"tokens={self.tokens} with {self.readers} warpgroups need scale_weight: too many registers"
         return None
@@ -94,6 +98,8 @@ def derive(m: int, k: int, n: int, g: int, *, exact: bool) -> BlockConfig:
     else:
         config = BlockConfig(tokens, deep=2, stages=5, scale_weight=True)
     blocks = n // (CHANNELS * config.wide) * -(-m // tokens)
+    if config.wide == 2 and blocks > MULTIPROCESSORS and k >= 2 * config.step:
+        return dataclasses.replace(config, persistent=True)
     split = next((s for s in (3, 2) if s * blocks <= MULTIPROCESSORS and k >= 512 * s), 1)
     return dataclasses.replace(config, split=split)
 

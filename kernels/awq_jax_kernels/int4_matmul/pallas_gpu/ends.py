@@ -126,8 +126,7 @@ class Writer:
         if self.ends.adds:
             return self._add(values, [lanes.vector_of(kept[i : i + 4]) for i in range(0, len(kept), 4)])
         for at, value, inside in zip(self.at, values, self.inside, strict=True):
-            with mgpu.when(inside):
-                lanes.write(self.outs[0], at, value)
+            lanes.write_if(inside, self.outs[0], at, value)
 
     def _add(self, values: list[ir.Value], met: list[ir.Value]) -> None:
         """Add to the stream; write the sum, the sum times the norm's weight, and the sum's squares."""

@@ -23,7 +23,7 @@ from jaxlib.mlir.dialects import arith, llvm, vector
 from awq_jax_kernels.int4_matmul.pallas_gpu.config import CHANNELS
 from awq_jax_kernels.mosaic_gpu.registers import asm, const, element_pointer, load_words, pure
 
-__all__ = ["UNIT", "add_scaled", "dequantize", "lane_channel", "opaque_mask"]
+__all__ = ["UNIT", "add_scaled", "dequantize", "lane_channel", "opaque_mask", "splats"]
 
 UNIT = 64  # contraction steps dequantized at once
 MAGIC = {jnp.dtype(jnp.bfloat16): 0x4300, jnp.dtype(jnp.float16): 0x6400}
@@ -76,20 +76,21 @@ def _tiled_pairs(ref: ir.Value) -> Any:
                 yield step, s // 2, 2 * tile + s % 2, arith.shrui(word, const(4 * s)) if s else word
 
 
-def _rows(ref: ir.Value | None) -> list[ir.Value | None]:
-    """The rows of a unit's zeros or scales: one, or more where groups are shorter than a unit."""
-    if ref is None:
-        return [None]
-    return [mgpu.memref_slice(ref, i) for i in range(ir.MemRefType(ref.type).shape[0])]
+def splats(zero: ir.Value | None, scale: ir.Value | None, dtype: Any) -> list[Any]:
+    """What a group does to this thread's four channels, each twice in a word: ``magic + zero``, then scales if given.
 
-
-def _splat_zeros(ref: ir.Value | None, dtype: Any) -> list[ir.Value]:
-    """``magic + zero`` twice in a word, for each of the thread's channels."""
+    Args:
+      zero: shared memory, int8 ``[128]``, or None for 8.
+      scale: shared memory, floating ``[128]``, rounded to `dtype` if it is wider; or None.
+      dtype: bfloat16 or float16.
+    """
     magic = MAGIC[jnp.dtype(dtype)]
-    if ref is None:
-        return [const((magic + 8) * 0x10001)] * 4
-    (word,) = load_words(_advance(ref, lane_channel()), 0, 1)
-    return [pure("prmt.b32", word, const(magic >> 8), const(0x4040 + 0x0101 * i)) for i in range(4)]
+    if zero is None:
+        zeros = [const((magic + 8) * 0x10001)] * 4
+    else:
+        (word,) = load_words(_advance(zero, lane_channel()), 0, 1)
+        zeros = [pure("prmt.b32", word, const(magic >> 8), const(0x4040 + 0x0101 * i)) for i in range(4)]
+    return zeros if scale is None else zeros + _splat_scales(scale, dtype)
 
 
 def _scales(ref: ir.Value) -> list[Any]:
@@ -103,7 +104,10 @@ def _scales(ref: ir.Value) -> list[Any]:
 
 
 def _splat_scales(ref: ir.Value, dtype: Any) -> list[Any]:
-    """Each scale twice in a word, rounded to the dtype of x if it is wider."""
+    """Each of the four channels' scales twice in a word."""
+    if ir.MemRefType(ref.type).element_type == mgpu.utils.dtype_to_ir_type(dtype):
+        words = load_words(_advance(ref, arith.shli(lane_channel(), const(1))), 0, 2)
+        return [pure("prmt.b32", word, word, const(half)) for word in words for half in (0x1010, 0x3232)]
     name = "bf16" if jnp.dtype(dtype) == jnp.bfloat16 else "f16"
     i32 = ir.IntegerType.get_signless(32)
     return [
@@ -120,31 +124,27 @@ def opaque_mask() -> ir.Value:
     return asm(text, "=r", result=i32)
 
 
-def dequantize(
-    codes: ir.Value, zero: ir.Value | None, scale: ir.Value | None, mask: ir.Value, dtype: Any
-) -> mgpu.FragmentedArray:
+def dequantize(codes: ir.Value, groups: list[list[ir.Value]], mask: ir.Value, dtype: Any) -> mgpu.FragmentedArray:
     """``q - zero``, times the scale if given, for 128 channels and 64 steps: a ``[128, 64]`` register operand.
 
     Args:
       codes: shared memory, int8 ``[32, 128]`` packed bytes with the 128-byte swizzle, or one int32 tile.
-      zero: shared memory, int8 ``[128]``, or None for 8.
-      scale: shared memory, floating ``[128]``, or None to leave the scale to `add_scaled`.
+      groups: `splats` of the groups that the steps lie in, one or more.
+      mask: see `opaque_mask`.
       dtype: bfloat16 or float16.
     """
     name = "bf16x2" if jnp.dtype(dtype) == jnp.bfloat16 else "f16x2"
     flavour = ".rn" if name == "bf16x2" else ""
     element = mgpu.utils.dtype_to_ir_type(dtype)
     packed = ir.MemRefType(codes.type).element_type == ir.IntegerType.get_signless(8)
-    zeros = [_splat_zeros(row, dtype) for row in _rows(zero)]
-    scales = [None if row is None else _splat_scales(row, dtype) for row in _rows(scale)]
     magic = const((MAGIC[jnp.dtype(dtype)] | 8) * 0x10001)  # the xor of the layout comes free
     registers = np.empty(mgpu.WGMMA_LAYOUT.registers_shape((CHANNELS, UNIT)), dtype=object)
     for step, half, i, pair in (_packed_pairs if packed else _tiled_pairs)(codes):
+        factors = groups[16 * step * len(groups) // UNIT]
         value = arith.xori(arith.andi(pair, mask), magic)
-        value = pure(f"sub{flavour}.{name}", value, zeros[16 * step * len(zeros) // UNIT][i])
-        factors = scales[16 * step * len(scales) // UNIT]
-        if factors is not None:
-            value = pure(f"mul{flavour}.{name}", value, factors[i])
+        value = pure(f"sub{flavour}.{name}", value, factors[i])
+        if len(factors) > 4:
+            value = pure(f"mul{flavour}.{name}", value, factors[4 + i])
         one = vector.broadcast(ir.VectorType.get((1,), value.type), value)
         registers[i // 2, 2 * step + half, 0, 0, i % 2] = vector.bitcast(ir.VectorType.get((2,), element), one)
     return mgpu.FragmentedArray(_registers=registers, _layout=mgpu.WGMMA_LAYOUT, _is_signed=None)

@@ -18,12 +18,13 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith
 
-from awq_jax_kernels.int4_matmul.pallas_gpu import combine, pipeline
+from awq_jax_kernels.int4_matmul.pallas_gpu import combine, pipeline, work
 from awq_jax_kernels.int4_matmul.pallas_gpu.config import CHANNELS, BlockConfig
 from awq_jax_kernels.int4_matmul.pallas_gpu.ends import ALONE, Ends, Writer
 from awq_jax_kernels.int4_matmul.pallas_gpu.fragment import UNIT
 from awq_jax_kernels.int4_matmul.pallas_gpu.plan import MATRIX, PLAIN, SCALAR, Plan, swizzled
 from awq_jax_kernels.int4_matmul.pallas_gpu.reader import Reader
+from awq_jax_kernels.int4_matmul.pallas_gpu.work import Work
 
 __all__ = ["fused"]
 
@@ -40,10 +41,7 @@ def fused(x: Any, weight: Any, scale: Any, zero: Any, config: BlockConfig, ends:
     call = plgpu.kernel(
         functools.partial(_body, plan),
         out_type=plan.out,
-        grid=(pl.cdiv(m, config.tokens), n // plan.strip),
-        grid_names=("m", "n"),
-        cluster=(config.split,),
-        cluster_names=("split",),
+        **work.grid(plan),
         num_threads=config.readers + 1,
         thread_name="warpgroup",
         scratch_types=plan.scratch,
@@ -59,52 +57,62 @@ def _body(plan: Plan, *refs: Any, **scratch: Any) -> None:
     c, loaded = plan.config, 3 + plan.zeros
     sources, around = refs[:loaded], refs[loaded:]
     warpgroup = lax.axis_index("warpgroup")
-    block_n, block_m, part = lax.axis_index("n"), lax.axis_index("m"), lax.axis_index("split")
-    each, extra = divmod(plan.k // c.step, c.split)
-    steps = each + (part < extra).astype(jnp.int32)
-    first = part * each + jnp.minimum(part, extra)
-
-    plgpu.inline_mgpu(arg_types=(PLAIN,))(lambda _, barriers: pipeline.initialize(barriers, c.wide))(
-        scratch["barriers"]
-    )
+    initialize = plgpu.inline_mgpu(arg_types=(PLAIN,))(lambda _, barriers: pipeline.initialize(barriers, c.wide))
+    initialize(scratch["barriers"])
 
     @pl.when(warpgroup == c.readers)
     def _() -> None:
         plgpu.set_max_registers(c.registers[1], action="decrease")
-        _fetch(plan, sources, scratch, first, steps, block_n, block_m)
-        for _ in range((1 + plan.mail_in_ring) * (c.split > 1)):  # a cluster's barrier counts these threads too
-            plgpu.inline_mgpu()(lambda _: combine.synchronize(0, c.split))()
+        work.each(plan, functools.partial(_fetch, plan, sources, scratch))
 
     @pl.when(warpgroup < c.readers)
     def _() -> None:
         plgpu.set_max_registers(c.registers[0], action="increase")
-        place, turn = lax.rem(warpgroup, jnp.int32(c.wide)), lax.div(warpgroup, jnp.int32(c.wide))
-        reader = Reader(plan, scratch, place, turn)
-        count = lax.div(steps - turn + (c.deep - 1), jnp.int32(c.deep))
-        gated = plan.ends.activation is not None  # places are a gate and what it gates: one column of y
-        where = (turn, block_m * c.tokens, block_n * plan.each + (0 if gated else place * CHANNELS))
-        room = plan.sharing.share <= 2  # in registers
-        kept = _read_ahead(plan, around, where) if room else ()
-        total = reader.scaled_weight(count) if c.scale_weight else reader.scaled_result(count)
-        kept = kept if room else _read_ahead(plan, around, where)
-        _finish(plan, total, scratch, around, kept, where, place)
+        work.each(plan, functools.partial(_multiply, plan, around, scratch, warpgroup))
 
 
-def _fetch(plan: Plan, sources: Any, scratch: Any, first: Any, steps: Any, block_n: Any, block_m: Any) -> None:
-    """Stage in the copies of this block's steps."""
+def _fetch(plan: Plan, sources: Any, scratch: Any, item: Work) -> None:
+    """Stage in the copies of a tile's steps."""
     names = ["xs", "ws", "ss"] + (["zs"] if plan.zeros else [])
     swizzles = {"xs": swizzled(16), "ws": () if plan.tiles else swizzled(8), "ss": (), "zs": ()}
-    types = [PLAIN] * len(names) + [plgpu.RefType(swizzles[name]) for name in names] + [PLAIN] + [SCALAR] * 4
+    types = [PLAIN] * len(names) + [plgpu.RefType(swizzles[name]) for name in names] + [PLAIN] + [SCALAR] * 5
 
     @plgpu.inline_mgpu(arg_types=tuple(types))
     def fetch(ctx: Any, *args: Any) -> None:
         source, target = args[: len(names)], args[len(names) : 2 * len(names)]
         barriers, *scalars = args[2 * len(names) :]
-        begin, count, at_n, at_m = (scalar.registers.flat[0] for scalar in scalars)
+        begin, count, before, at_n, at_m = (scalar.registers.flat[0] for scalar in scalars)
         copies = _copies(plan, source, target, at_n, at_m)
-        pipeline.fetch(ctx, barriers, copies, begin, count)
+        pipeline.fetch(ctx, barriers, copies, begin, count, before)
 
-    fetch(*sources, *(scratch[name] for name in names), scratch["barriers"], first, steps, block_n, block_m)
+    numbers = (item.first, item.steps, item.before, item.block_n, item.block_m)
+    fetch(*sources, *(scratch[name] for name in names), scratch["barriers"], *numbers)
+
+    def stand_by(sharing: combine.Sharing) -> None:
+        for _ in range((1 + plan.mail_in_ring(sharing)) * (sharing.split > 1)):
+            plgpu.inline_mgpu()(lambda _: combine.synchronize(0, sharing.split))()
+
+    work.end(item, stand_by)  # a cluster's barrier counts these threads too
+
+
+def _multiply(plan: Plan, around: Any, scratch: Any, warpgroup: Any, item: Work) -> None:
+    """Multiply a tile's steps, and write what comes out."""
+    c = plan.config
+    place = lax.rem(warpgroup, jnp.int32(c.wide))
+    turn = lax.div(warpgroup, jnp.int32(c.wide)) if c.deep > 1 else jnp.int32(0)
+    reader = Reader(plan, scratch, place, turn, item.before)
+    count = lax.div(item.steps - turn + (c.deep - 1), jnp.int32(c.deep))
+    gated = plan.ends.activation is not None  # places are a gate and what it gates: one column of y
+    where = (turn, item.block_m * c.tokens, item.block_n * plan.each + (0 if gated else place * CHANNELS))
+    room = plan.sharing.share <= 2 and not c.persistent  # in registers
+    kept = _read_ahead(plan, plan.sharing, around, where) if room else ()
+    total = reader.scaled_weight(count) if c.scale_weight else reader.scaled_result(count)
+
+    def finish(sharing: combine.Sharing) -> None:
+        met = kept if room else _read_ahead(plan, sharing, around, where)
+        _finish(plan, sharing, total, scratch, around, met, where, place)
+
+    work.end(item, finish)
 
 
 def _copies(plan: Plan, source: Any, target: Any, block_n: ir.Value, block_m: ir.Value) -> list[pipeline.Copy]:
@@ -144,9 +152,9 @@ def _copies(plan: Plan, source: Any, target: Any, block_n: ir.Value, block_m: ir
     return [*copies[: c.wide], pipeline.Copy(source[0], target[0], rows_of_x, (8, 64)), *copies[c.wide :]]
 
 
-def _read_ahead(plan: Plan, around: Any, where: Any) -> Any:
+def _read_ahead(plan: Plan, sharing: combine.Sharing, around: Any, where: Any) -> Any:
     """What the results will meet, in registers."""
-    count = Writer.kept(plan.ends, plan.sharing)
+    count = Writer.kept(plan.ends, sharing)
     if not count:
         return ()
 
@@ -155,33 +163,36 @@ def _read_ahead(plan: Plan, around: Any, where: Any) -> Any:
         return_type=(plgpu.ShapeDtypeStruct((), jnp.float32, layout=SCALAR),) * count,
     )
     def read(_: Any, *rest: Any) -> Any:
-        kept = _writer(plan, rest).read_ahead()
+        kept = _writer(plan, sharing, rest).read_ahead()
         return tuple(mgpu.FragmentedArray.splat(value, ()) for value in kept)
 
     return read(*around, *where)
 
 
-def _finish(plan: Plan, total: Any, scratch: Any, around: Any, kept: Any, where: Any, place: Any) -> None:
+def _finish(
+    plan: Plan, sharing: combine.Sharing, total: Any, scratch: Any, around: Any, kept: Any, where: Any, place: Any
+) -> None:
     """Sum over warpgroups and blocks, and write the results."""
-    c = plan.config
-    mail, kind = (scratch["xs"], plgpu.RefType(swizzled(16))) if plan.mail_in_ring else (scratch["mail"], PLAIN)
+    readers = 128 * plan.config.readers
+    drained = sharing.holders > 1 and plan.mail_in_ring(sharing)
+    mail, kind = (scratch["mail"], PLAIN) if "mail" in scratch else (scratch["xs"], plgpu.RefType(swizzled(16)))
 
     @plgpu.inline_mgpu(arg_types=(MATRIX, kind, SCALAR, *[SCALAR] * len(kept), *[PLAIN] * len(around), *[SCALAR] * 3))
     def finish(_: Any, total: Any, mail: Any, *rest: Any) -> None:
         place, *kept_floats = (scalar.registers.flat[0] for scalar in rest[: 1 + len(kept)])
         turn = rest[-3].registers.flat[0]
-        if plan.sharing.holders > 1:
-            if plan.mail_in_ring:
-                combine.synchronize(128 * c.readers, c.split)
-            combine.send(plan.sharing, total, mail, turn, place)
-            combine.synchronize(128 * c.readers, c.split)
-        sums = combine.collect(plan.sharing, total, mail, turn, place)
-        _writer(plan, rest[1 + len(kept) :]).write(sums, kept_floats, mail, turn, place)
+        if sharing.holders > 1:
+            if drained:
+                combine.synchronize(readers, sharing.split)
+            combine.send(sharing, total, mail, turn, place)
+            combine.synchronize(readers, sharing.split)
+        sums = combine.collect(sharing, total, mail, turn, place)
+        _writer(plan, sharing, rest[1 + len(kept) :]).write(sums, kept_floats, mail, turn, place)
 
     finish(total, mail, place, *kept, *around, *where)
 
 
-def _writer(plan: Plan, rest: Any) -> Writer:
+def _writer(plan: Plan, sharing: combine.Sharing, rest: Any) -> Writer:
     *refs, turn, token, channel = rest
     where = (scalar.registers.flat[0] for scalar in (turn, token, channel))
-    return Writer(plan.ends, plan.sharing, plan.k, refs, *where)
+    return Writer(plan.ends, sharing, plan.k, refs, *where)

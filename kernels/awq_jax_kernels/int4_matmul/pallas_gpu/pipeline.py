@@ -92,8 +92,10 @@ def initialize(barriers: ir.Value, readers: int) -> None:
     asm("bar.sync 0;", "")
 
 
-def fetch(ctx: Any, barriers: ir.Value, copies: list[Copy], first: ir.Value, steps: ir.Value) -> None:
+def fetch(ctx: Any, barriers: ir.Value, copies: list[Copy], first: ir.Value, steps: ir.Value, before: ir.Value) -> None:
     """Fill the ring with steps ``first .. first + steps``; called by a warpgroup, of which one lane does it.
+
+    The block has had `before` steps of other tiles, and the ring goes on from there.
 
     The loop belongs to that lane alone. Were the other lanes to wait for free slots beside it, the compiler could
     unroll a short loop and run the two apart, and a lane that falls behind waits for a phase that has come and gone.
@@ -108,7 +110,8 @@ def fetch(ctx: Any, barriers: ir.Value, copies: list[Copy], first: ir.Value, ste
 
             @mgpu.fori(steps, [])
             def _(i: ir.Value, carry: list[Any]) -> list[Any]:
-                slot, use = arith.remui(i, const(stages)), arith.divui(i, const(stages))
+                count = arith.addi(before, i)
+                slot, use = arith.remui(count, const(stages)), arith.divui(count, const(stages))
                 again = arith.cmpi(arith.CmpIPredicate.ugt, use, const(0))
                 with mgpu.when(again):
                     _wait(_free(barriers, slot), arith.andi(arith.subi(use, const(1)), const(1)))

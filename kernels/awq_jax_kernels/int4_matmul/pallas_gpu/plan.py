@@ -14,7 +14,9 @@ from awq_jax_kernels.int4_matmul.pallas_gpu.config import CHANNELS, BlockConfig
 from awq_jax_kernels.int4_matmul.pallas_gpu.ends import PART, Ends
 from awq_jax_kernels.int4_matmul.pallas_gpu.fragment import UNIT
 
-__all__ = ["MATRIX", "PLAIN", "SCALAR", "Plan", "swizzled"]
+__all__ = ["MATRIX", "PAIR", "PLAIN", "SCALAR", "Plan", "swizzled"]
+
+PAIR = 2  # persistent blocks that share an odd tile
 
 SCALAR = plgpu.Layout.WG_SPLAT(())
 MATRIX = plgpu.Layout.WGMMA
@@ -78,10 +80,19 @@ class Plan:
         return combine.Sharing(self.config.tokens, self.config.wide, self.config.deep, self.config.split)
 
     @property
-    def mail_in_ring(self) -> bool:
+    def halves(self) -> combine.Sharing:
+        """The same of a tile that a pair of persistent blocks shares."""
+        return dataclasses.replace(self.sharing, split=PAIR)
+
+    @property
+    def tiles_of_y(self) -> tuple[int, int]:
+        """Rows and columns of tiles, of which a block computes one at a time."""
+        return -(-self.m // self.config.tokens), self.n // self.strip
+
+    def mail_in_ring(self, sharing: combine.Sharing) -> bool:
         """Whether partial results travel through the drained ring: for many tokens there is no room beside it."""
         c = self.config
-        return c.tokens >= 64 and 4 * math.prod(combine.mail_shape(self.sharing)) <= 2 * c.stages * c.tokens * c.step
+        return c.tokens >= 64 and 4 * math.prod(combine.mail_shape(sharing)) <= 2 * c.stages * c.tokens * c.step
 
     @property
     def scratch(self) -> dict[str, Any]:
@@ -99,6 +110,7 @@ class Plan:
         }
         if self.zeros:
             scratch["zs"] = plgpu.SMEM((c.stages, c.wide, self.rows, CHANNELS), jnp.int8)
-        if not self.mail_in_ring:
-            scratch["mail"] = plgpu.SMEM(combine.mail_shape(self.sharing), jnp.float32)
+        sharing = self.halves if c.persistent else self.sharing
+        if not self.mail_in_ring(sharing):
+            scratch["mail"] = plgpu.SMEM(combine.mail_shape(sharing), jnp.float32)
         return scratch

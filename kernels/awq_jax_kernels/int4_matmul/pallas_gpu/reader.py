@@ -20,14 +20,15 @@ __all__ = ["Reader"]
 class Reader:
     """One warpgroup that multiplies: 128 channels, every `deep`-th step of the block."""
 
-    def __init__(self, plan: Plan, scratch: Any, place: Any, turn: Any):
-        self.plan, self.scratch, self.place, self.turn = plan, scratch, place, turn
+    def __init__(self, plan: Plan, scratch: Any, place: Any, turn: Any, before: Any):
+        """`before` are the steps that the block has taken for other tiles."""
+        self.plan, self.scratch, self.place, self.turn, self.before = plan, scratch, place, turn, before
         opaque = plgpu.inline_mgpu(return_type=plgpu.ShapeDtypeStruct((), jnp.int32, layout=SCALAR))
         self.mask = opaque(lambda _: mgpu.FragmentedArray.splat(fragment.opaque_mask(), (), is_signed=True))()
 
     def step(self, t: Any) -> Any:
         """The block's step that is this warpgroup's t-th."""
-        return t * self.plan.config.deep + self.turn
+        return self.before + t * self.plan.config.deep + self.turn
 
     def wait(self, t: Any) -> Any:
         """Wait for a step's bytes; its slot."""
@@ -43,37 +44,50 @@ class Reader:
         release = on_barrier(lambda _, barriers, i: pipeline.release(barriers, i.registers.flat[0]))
         release(self.scratch["barriers"], self.step(t))
 
-    def per_group(self, name: str, slot: Any, rows: Any) -> Any:
-        """This warpgroup's scales or zeros of some groups."""
-        return self.scratch[name].at[slot, self.place, rows]
+    def per_group(self, name: str, slot: Any, row: int) -> Any:
+        """This warpgroup's scales or zeros of a group."""
+        return self.scratch[name].at[slot, self.place, row]
 
-    def weight(self, slot: Any, unit: int) -> Any:
-        """Dequantize 64 steps of the slot into registers."""
-        plan, c = self.plan, self.plan.config
-        rows = pl.ds(unit * UNIT // plan.g if plan.g < c.step else 0, max(1, UNIT // plan.g))
+    def splats(self, slot: Any, row: int) -> tuple[Any, ...]:
+        """What dequantizing needs of a group, in registers; every thread has its own."""
+        plan, scales = self.plan, self.plan.config.scale_weight
+        refs = [self.per_group("zs", slot, row)] if plan.zeros else []
+        refs += [self.per_group("ss", slot, row)] if scales else []
+
+        @plgpu.inline_mgpu(
+            arg_types=(PLAIN,) * len(refs),
+            return_type=(plgpu.ShapeDtypeStruct((), jnp.int32, layout=SCALAR),) * (4 + 4 * scales),
+        )
+        def load(_: Any, *refs: Any) -> Any:
+            words = fragment.splats(refs[0] if plan.zeros else None, refs[-1] if scales else None, plan.dtype)
+            return tuple(mgpu.FragmentedArray.splat(word, (), is_signed=True) for word in words)
+
+        return load(*refs)
+
+    def weight(self, slot: Any, unit: int, groups: Any) -> Any:
+        """Dequantize 64 steps of the slot into registers; `groups` are the splats of those that they lie in."""
+        plan, each = self.plan, len(groups[0])
         if plan.tiles:
             codes, kind = self.scratch["ws"].at[slot, self.place, unit], PLAIN
         else:
             window = pl.ds(unit * (UNIT // 2), UNIT // 2)
             codes, kind = self.scratch["ws"].at[slot, self.place, window], plgpu.RefType(swizzled(8))
-        more = [self.per_group("zs", slot, rows)] if plan.zeros else []
-        more += [self.per_group("ss", slot, rows)] if c.scale_weight else []
 
         @plgpu.inline_mgpu(
-            arg_types=(SCALAR, kind, *[PLAIN] * len(more)),
+            arg_types=(SCALAR, kind, *[SCALAR] * (each * len(groups))),
             return_type=plgpu.ShapeDtypeStruct((CHANNELS, UNIT), plan.dtype, layout=MATRIX),
         )
-        def dequantize(_: Any, mask: Any, codes: Any, *more: Any) -> Any:
-            zero = more[0] if plan.zeros else None
-            scale = more[-1] if c.scale_weight else None
-            return fragment.dequantize(codes, zero, scale, mask.registers.flat[0], plan.dtype)
+        def dequantize(_: Any, mask: Any, codes: Any, *words: Any) -> Any:
+            values = [word.registers.flat[0] for word in words]
+            of_groups = [values[i : i + each] for i in range(0, len(values), each)]
+            return fragment.dequantize(codes, of_groups, mask.registers.flat[0], plan.dtype)
 
-        return dequantize(self.mask, codes, *more)
+        return dequantize(self.mask, codes, *(word for group in groups for word in group))
 
-    def multiply(self, acc: Any, slot: Any, unit: int) -> None:
+    def multiply(self, acc: Any, slot: Any, unit: int, groups: Any) -> None:
         """Start adding one unit's product to an accumulator."""
         x = self.scratch["xs"].at[slot, :, pl.ds(unit * UNIT, UNIT)]
-        plgpu.wgmma(acc, self.weight(slot, unit), x.transpose((1, 0)))
+        plgpu.wgmma(acc, self.weight(slot, unit, groups), x.transpose((1, 0)))
 
     def scaled_result(self, count: Any) -> Any:
         """Sum each group unscaled and add it scaled: codes stay exact, and one multiplication serves a result."""
@@ -93,8 +107,9 @@ class Reader:
             for row in range(plan.rows):
 
                 def group(acc: Any, row: int = row) -> Any:
+                    splats = self.splats(slot, row)
                     for unit in range(per_group):
-                        self.multiply(acc, slot, row * per_group + unit)
+                        self.multiply(acc, slot, row * per_group + unit, [splats])
                     return acc[...]
 
                 partial = pl.run_scoped(group, plgpu.WGMMAAccumulatorRef(shape))
@@ -111,17 +126,24 @@ class Reader:
         A step has an even number of units, so that the operand being made is never the one in flight: registers that
         a product in flight still reads belong to the program, and no compiler checks it.
         """
+        c, g = self.plan.config, self.plan.g
 
         def run(acc: Any) -> Any:
             @pl.loop(0, count)
             def _(t: Any) -> None:
-                slot = self.wait(t)
-                for unit in range(self.plan.config.step // UNIT):
-                    self.multiply(acc, slot, unit)
+                slot, groups = self.wait(t), []
+                for unit in range(c.step // UNIT):
+                    if unit * UNIT % g == 0:
+                        row = unit * UNIT // g
+                        groups = [self.splats(slot, row + i) for i in range(max(1, UNIT // g))]
+                    self.multiply(acc, slot, unit, groups)
                     plgpu.wgmma_wait(1)
                     if unit == 0:  # the products of the step before are complete
                         pl.when(t > 0)(lambda: self.release(t - 1))
 
-            return acc[...]
+            total = acc[...]
+            if c.persistent:  # the ring goes on
+                self.release(count - 1)
+            return total
 
-        return pl.run_scoped(run, plgpu.WGMMAAccumulatorRef((CHANNELS, self.plan.config.tokens)))
+        return pl.run_scoped(run, plgpu.WGMMAAccumulatorRef((CHANNELS, c.tokens)))
