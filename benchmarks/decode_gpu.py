@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Decode of a model of Llama 3 8B's shapes with random weights on the GPU at hand, INT4 against bfloat16.
+"""Prefill and decode of a model of Llama 3 8B's shapes with random weights on the GPU at hand, INT4 against bfloat16.
 
     PYTHONPATH=kernels:convert:. python -m benchmarks.decode_gpu --batch 1,4,16,64 --json decode_gpu.json
 
@@ -24,7 +24,7 @@ from awq_jax._qtensor import QTensor
 from awq_jax.serving.abstract import LLAMA_8B, abstract_params
 from awq_jax.serving.arrange import arranged
 from awq_jax.serving.steps import decode, empty_slots
-from benchmarks.llama_8b_serve import by_kernel
+from benchmarks.llama_8b_serve import by_kernel, timed_prefill
 
 LENGTH, SPAN, STEPS = 512, 1024, 64  # cached positions at first, positions that are read, tokens of a dispatch
 
@@ -34,6 +34,7 @@ def main() -> None:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--kinds", default="int4,bf16")
     p.add_argument("--batch", default="1,4,16,64")
+    p.add_argument("--prefill", default="512,2048", help="lengths of a prompt")
     p.add_argument("--layers", type=int, default=LLAMA_8B.num_layers)
     p.add_argument("--trace", type=pathlib.Path, help="folder for the device time of a step by kernel")
     p.add_argument("--json", type=pathlib.Path)
@@ -44,6 +45,9 @@ def main() -> None:
         shapes = abstract_params(config, int4_head=True)
         params = made(shapes if kind == "int4" else dense(shapes))
         params = jax.block_until_ready(arranged(params, jnp.bfloat16))
+        for length in map(int, a.prefill.split(",")):
+            rows.append({"weights": kind, **timed_prefill(config, params, length)})
+            print(json.dumps(rows[-1]), file=sys.stderr, flush=True)
         for batch in map(int, a.batch.split(",")):
             rows.append({"weights": kind, **timed(config, params, batch, a.trace and a.trace / f"{kind}-{batch}.txt")})
             print(json.dumps(rows[-1]), file=sys.stderr, flush=True)

@@ -248,7 +248,7 @@ def compiled(jobs: list[Job], data: dict[str, Any]) -> list[Job]:
         waiting = []
         for job in jobs:
             args = arguments(job, data)
-            waiting.append((job, args, pool.submit(job.program.lower(*args).compile)))
+            waiting.append((job, args, pool.submit(lambda run=job.program, args=args: run.lower(*args).compile())))
         done = []
         for job, args, future in waiting:
             try:

@@ -49,7 +49,7 @@ def main() -> None:
         held = sum(leaf.nbytes for leaf in jax.tree.leaves(model.params)) / 1e9
         of_all = {"weights": kind, "load_s": round(time.perf_counter() - begun, 1), "weights_gb": round(held, 2)}
         for length in map(int, a.prompt.split(",")):
-            rows.append({**of_all, **timed_prefill(model, length)})
+            rows.append({**of_all, **timed_prefill(model.config, model.params, length)})
             print(json.dumps(rows[-1]), file=sys.stderr, flush=True)
         for batch in map(int, a.batch.split(",")):
             trace = a.trace and a.trace / f"{kind}-{batch}.txt"
@@ -63,19 +63,19 @@ def main() -> None:
         a.json.write_text(text + "\n", encoding="utf-8")
 
 
-def beginner(model: Any, length: int, budget: int) -> Callable[[Any, int], Any]:
+def beginner(config: Any, params: Any, length: int, budget: int) -> Callable[[Any, int], Any]:
     """A function of slots and a row that begins one sequence there."""
-    step = jax.jit(functools.partial(prefill, model.config), donate_argnums=1)
-    tokens = np.random.default_rng(2).integers(0, model.config.vocab_size, (1, length)).astype(np.int32)
+    step = jax.jit(functools.partial(prefill, config), donate_argnums=1)
+    tokens = np.random.default_rng(2).integers(0, config.vocab_size, (1, length)).astype(np.int32)
     start = start_of(Request(prompt=(1,), max_new_tokens=budget))
     one = np.array([length], np.int32)
-    return lambda slots, row: step(model.params, slots, tokens, one, np.array([row], np.int32), start)
+    return lambda slots, row: step(params, slots, tokens, one, np.array([row], np.int32), start)
 
 
-def timed_prefill(model: Any, length: int) -> dict[str, Any]:
+def timed_prefill(config: Any, params: Any, length: int) -> dict[str, Any]:
     """One prompt."""
-    slots = empty_slots(model.config, 1, length, dtype=jnp.bfloat16)
-    begin = beginner(model, length, 1)
+    slots = empty_slots(config, 1, length, dtype=jnp.bfloat16)
+    begin = beginner(config, params, length, 1)
     times = []
     for _ in range(6):
         begun = time.perf_counter()
@@ -89,7 +89,7 @@ def timed_decode(model: Any, batch: int, length: int, steps: int, trace: pathlib
     """As many sequences, after prompts of one length."""
     span = 1 << (length + 4 * steps - 1).bit_length()
     slots = empty_slots(model.config, batch, span, dtype=jnp.bfloat16)
-    begin = beginner(model, length, 8 * steps)
+    begin = beginner(model.config, model.params, length, 8 * steps)
     for row in range(batch):
         slots, _ = begin(slots, row)
     step = jax.jit(functools.partial(decode, model.config, steps=steps), donate_argnums=1)

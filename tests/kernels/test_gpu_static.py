@@ -16,7 +16,7 @@ pytestmark = [
 ]
 
 K, N = 4096, 14336
-BUDGET = {False: 2.65, True: 2.3}  # instructions per weight of the decode loop: on packed bytes, on tiles
+BUDGET = {False: 2.6, True: 2.25}  # instructions per weight of the decode loop: on packed bytes, on tiles
 
 
 def kernel_of(compiled):

@@ -26,7 +26,7 @@ KINDS = {  # machine instructions by what they are for; the rest is control
     "multiply": ("HGMMA", "WARPGROUP"),
     "load": ("LDS.32", "LDS.64", "LDS.128"),
 }
-ROWS = (1, 16, 32, 64, 128, 256)
+ROWS = (1, 16, 32, 64, 128, 256, 1024)
 
 
 def product(

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """`int4_matmul` on Hopper GPUs, written for Mosaic GPU.
 
-`kernel` is the dataflow, `pipeline` the ring that feeds it, `reader` the warpgroup that multiplies, `fragment` turns
-codes into tensor-core operands, `combine` adds up what was split, `ends` writes the results, `config` chooses.
+`kernel` is the dataflow, `work` what a block computes, `pipeline` the ring that feeds it, `reader` the warpgroup that
+multiplies, `fragment` turns codes into tensor-core operands, `combine` adds up what was split, `ends` writes the
+results, `config` chooses.
 """
 
 import functools

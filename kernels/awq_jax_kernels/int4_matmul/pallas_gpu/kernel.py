@@ -4,7 +4,8 @@
 It computes ``y^T = W^T x^T``: the weight is the operand with 64 rows that comes from registers, so that few tokens fill
 the narrow side of the instruction. A block owns ``128 * wide`` channels and `tokens` rows of x; its last warpgroup
 fetches, the others multiply. The contraction is split twice: warpgroups of a block take turns over steps (`deep`), and
-blocks of a cluster share it (`split`), so that a narrow weight still fills the chip.
+blocks of a cluster share it (`split`), so that a narrow weight still fills the chip. Of a large product a block
+computes one tile after the other (`work`).
 """
 
 import functools
