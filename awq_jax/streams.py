@@ -22,7 +22,7 @@ __all__ = ["MEASURED", "InChunks", "Streams", "Whole", "float32"]
 
 MEASURED = 4096  # tokens that a finished layer is measured again on, against round to nearest
 
-_POLL_S = 0.01
+_POLL_S = 0.001
 
 
 @jax.jit

@@ -79,12 +79,12 @@ def test_a_signal_lets_the_layer_at_hand_finish(source: Path, tmp_path: Path, nu
 # Interrupted while the device computes the first layer: there is nothing worth finishing.
 COMPUTING = f"""
 import os, sys
-import awq_jax.layer_loop as loop
-real = loop._awaited
+import awq_jax.streams as streams
+real = streams._awaited
 def awaited(outcome):
     os.kill(os.getpid(), {int(signal.SIGINT)})
     return real(outcome)
-loop._awaited = awaited
+streams._awaited = awaited
 from awq_jax.cli import main
 sys.exit(main())
 """
