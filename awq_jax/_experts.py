@@ -12,7 +12,7 @@ from awq_jax._gram import gram_of
 from awq_jax._pytree import pytree
 from awq_jax._qtensor import QTensor, matmul
 from awq_jax._stats import BINS, ActStats, bin_of
-from awq_jax._tree import get
+from awq_jax._tree import get, nested
 from awq_jax_kernels.ragged_int4_matmul import ragged_int4_matmul
 from awq_jax_kernels.ragged_int4_matmul.tiles import place_rows
 
@@ -155,16 +155,4 @@ def each_expert(run: Callable[..., Any], params: Mapping[str, Any], paths: tuple
       paths: of modules whose leaves have a leading axis of experts.
       *trees: with that leading axis too, or None.
     """
-    return jax.lax.map(lambda one: run(*one), (_only(params, paths), *trees))
-
-
-def _only(params: Mapping[str, Any], paths: tuple[str, ...]) -> dict[str, Any]:
-    """The part of a nested dict that some paths name."""
-    tree: dict[str, Any] = {}
-    for path in paths:
-        node = tree
-        *parents, leaf = path.split("/")
-        for key in parents:
-            node = node.setdefault(key, {})
-        node[leaf] = get(params, path)
-    return tree
+    return jax.lax.map(lambda one: run(*one), (nested((path, get(params, path)) for path in paths), *trees))
