@@ -38,7 +38,8 @@ def split(params: Any, trained: Callable[[str], bool] = lambda path: True) -> tu
       trained: which of the floating leaves, by path.
     """
     mask = jax.tree_util.tree_map_with_path(
-        lambda keys, free: free and trained(jax.tree_util.keystr(keys, simple=True, separator="/")),
+        # A bool and nothing else: a leaf whose answer were a match or a number would be in neither tree.
+        lambda keys, free: free and bool(trained(jax.tree_util.keystr(keys, simple=True, separator="/"))),
         frozen_mask(params),
     )
     choose = lambda keep: jax.tree.map(lambda leaf, free: leaf if free is keep else None, params, mask)

@@ -1,4 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -100,3 +102,11 @@ def test_split_and_combine(x):
     wanted = jax.grad(lambda gain: jnp.sum(mlp({**dense(base), "norm": {"gain": gain}}, x)))(base["norm"]["gain"])
     np.testing.assert_allclose(gradient["norm"]["gain"], wanted, rtol=1e-3, atol=1e-4)
     assert distance(adapt.serve(mlp)(again, x), adapt.serve(mlp)(base, x)) == 0
+
+
+def test_split_takes_any_answer_for_yes_or_no(x):
+    _, base, _ = quantized(mlp, mlp_params(), x, recipe=RECIPE)
+    for answer in (lambda path: re.match("norm", path), lambda path: np.bool_(path.startswith("norm"))):
+        trained, frozen = split(base, answer)
+        assert [leaf.shape for leaf in jax.tree.leaves(trained)] == [(D,)]
+        jax.tree.map(np.testing.assert_array_equal, combine(trained, frozen), base)
