@@ -60,15 +60,9 @@ def add_norm(
         ),
         "gpu": Way(
             functools.partial(pallas_gpu.refusal, h),
-            _alone(**bound),
+            unmapped(pallas_gpu.add_norm, reference.add_norm, **bound),
             cuda(),
         ),
         "reference": Way(lambda: None, functools.partial(reference.add_norm, **bound)),
     }
     return dispatch(implementation, ways, "reference", (h, delta, weight), f"add_norm takes h {h.dtype}{list(h.shape)}")
-
-
-@functools.cache
-def _alone(**bound: float) -> Any:
-    """The kernel; mapped over an axis, the definition."""
-    return unmapped(*(functools.partial(run, **bound) for run in (pallas_gpu.add_norm, reference.add_norm)))

@@ -60,7 +60,9 @@ def ragged_int4_matmul(
     """
     _check(x, packed, scale, zero, group_sizes)
     if implementation not in (None, *get_args(Implementation)):
-        raise ValueError(f"unknown implementation {implementation!r}; choose from {', '.join(get_args(Implementation))}.")
+        raise ValueError(
+            f"unknown implementation {implementation!r}; choose from {', '.join(get_args(Implementation))}."
+        )
     if config is not None and implementation != "tpu":
         raise ValueError("config belongs to the kernel: name it, implementation='tpu'.")
     if tile < 1:
