@@ -138,6 +138,8 @@ CASES: list[tuple[str, Callable[[Path], None], list[str], str]] = [
         r"vLLM.*layers/0/mlp/gate int4 g16.*up int4 g32.*one override",
     ),
     ("rule", nothing, ["--rules", "magic"], r"unknown scale rule 'magic'"),
+    ("gram-limit-inf", nothing, ["--gram-limit", "inf"], r"--gram-limit is inf GB; it must be a number from 0"),
+    ("gram-limit-nan", nothing, ["--gram-limit", "nan"], r"--gram-limit is nan GB"),
     ("samples", nothing, ["--samples", "0"], r"samples"),
     ("seq-len", nothing, ["--seq-len", "0"], r"seq.len"),
     ("batch", nothing, ["--batch", "0"], r"batch"),
