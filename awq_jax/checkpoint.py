@@ -196,8 +196,8 @@ def _refuse_other_trees(node: Any, path: str = "") -> None:
             _refuse_other_trees(value, f"{path}/{key}" if path else key)
     elif not path or not isinstance(node, QTensor | jax.Array | np.ndarray | np.generic | int | float):
         raise ValueError(
-            f"{where} is of type {type(node).__name__}; nested dicts of arrays and QTensor are saved. Other trees, such "
-            "as those with QKernel leaves, orbax's own checkpointer keeps."
+            f"{where} is of type {type(node).__name__}; nested dicts of arrays and QTensor are saved. Other trees, "
+            "such as those with QKernel leaves, orbax's own checkpointer keeps."
         )
 
 
