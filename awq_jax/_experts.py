@@ -73,7 +73,9 @@ def ragged_matmul(
     [2.0, 5.0, 5.0]
     """
     if isinstance(weight, QTensor) and weight.bits <= 4:
-        return ragged_int4_matmul(x, weight.packed, weight.scale, weight.zero, sizes)
+        # Each tile fetches its weight: of 4096 rows for 8 experts tiles of 16 took five times as long on a CPU.
+        tile = _tile(x.shape[0], sizes.shape[0])
+        return ragged_int4_matmul(x, weight.packed, weight.scale, weight.zero, sizes, tile=tile)
     tiles, experts, place = _in_tiles(x, sizes)
     y = jax.lax.map(lambda tile: matmul(tile[0], weight[tile[1]]), (tiles, experts))
     return y.reshape(-1, y.shape[-1])[place]
