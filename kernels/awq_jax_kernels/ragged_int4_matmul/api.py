@@ -13,7 +13,7 @@ from awq_jax_kernels.int4_matmul import api as dense_api
 from awq_jax_kernels.int4_matmul import pallas_tpu
 from awq_jax_kernels.product import check_groups, check_rows, shapes_of
 from awq_jax_kernels.ragged_int4_matmul import reference
-from awq_jax_kernels.ragged_int4_matmul.tiles import place_rows
+from awq_jax_kernels.ragged_int4_matmul.tiles import in_tiles
 
 __all__ = ["ragged_int4_matmul"]
 
@@ -71,11 +71,9 @@ def ragged_int4_matmul(
         return reference.ragged_int4_matmul(x, packed, scale, zero, group_sizes)
     if not x.shape[0]:
         return jnp.zeros((0, packed.shape[2]), x.dtype)
-    place, experts = place_rows(group_sizes, x.shape[0], tile)
-    rows = experts.shape[0] * tile
-    tiles = jnp.zeros((rows, x.shape[1]), x.dtype).at[place].set(x, mode="drop").reshape(-1, tile, x.shape[1])
+    tiles, experts, place = in_tiles(x, group_sizes, tile)
     y = _multiply_tiles(tiles, packed, scale, zero, experts, implementation=implementation, config=config)
-    return y.reshape(rows, -1).at[place].get(mode="fill", fill_value=0)
+    return y.reshape(-1, y.shape[-1]).at[place].get(mode="fill", fill_value=0)
 
 
 def _check(x: Any, packed: Any, scale: Any, zero: Any, group_sizes: Any) -> None:
