@@ -90,7 +90,8 @@ def recipe_of(args: argparse.Namespace, fmt: str) -> "Recipe":
         activations=inputs,
     )
     grid = 20 if args.grid is None else args.grid
-    rules = tuple(rule(name.strip(), n_grid=grid) for name in (args.rules or "paper,duo").split(","))
+    named = "paper,duo" if args.rules is None else args.rules
+    rules = tuple(rule(name.strip(), n_grid=grid) for name in named.split(","))
     clip = () if args.no_clip else SearchSpec().clip_ratios
     limit = None if args.gram_limit is None else _gram_limit(args.gram_limit)
     return Recipe(
