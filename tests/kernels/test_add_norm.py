@@ -67,6 +67,7 @@ def test_refusals_are_named():
 
 def test_shapes_that_disagree_are_refused_by_every_implementation(rng):
     h, delta, weight = problem(rng, 4, 512, True)
+    assert delta is not None
     for odd in ((h, delta[:1], weight), (h, delta[None], weight), (h, None, weight[:1]), (h[None], None, weight)):
         for name in ("tpu", "gpu", "reference", None):
             with pytest.raises(ValueError, match="must be"):
@@ -75,7 +76,8 @@ def test_shapes_that_disagree_are_refused_by_every_implementation(rng):
 
 def test_a_wider_delta_leaves_the_stream_its_dtype(rng):
     h, delta, weight = problem(rng, 4, 512, True)
+    assert delta is not None
     operands = h, delta.astype(jnp.float32), weight
     with jax.numpy_dtype_promotion("standard"):
-        for name, interpret in (("reference", False), ("tpu", INTERPRET)):
-            check(add_norm(*operands, eps=1e-5, implementation=name, interpret=interpret), *operands, 0.0)
+        check(add_norm(*operands, eps=1e-5, implementation="reference"), *operands, 0.0)
+        check(add_norm(*operands, eps=1e-5, implementation="tpu", interpret=INTERPRET), *operands, 0.0)
