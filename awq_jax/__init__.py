@@ -78,4 +78,5 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return [*__all__, *_ROOMS]
+    # Who lists names asks for each: `help(awq_jax)` would end at a package that need not be installed.
+    return [*__all__, *(room for room in _ROOMS if room != "lm_eval")]

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Rounding to a grid: from a float weight to codes, scales and zeros."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from jax.core import Tracer
@@ -12,7 +12,7 @@ from awq_jax._qtensor import QTensor
 from awq_jax._spec import QuantSpec
 from awq_jax_kernels.layout import pack
 
-__all__ = ["Grid", "code_range", "fake_quantize", "fit_grid", "packed_on", "quantize", "to_codes"]
+__all__ = ["Grid", "code_range", "fake_quantize", "fit_grid", "packed_on", "quantize", "smallest_scale", "to_codes"]
 
 
 class Grid(NamedTuple):
@@ -29,9 +29,9 @@ def _grouped(weight: Array, spec: QuantSpec) -> Array:
     return weight.reshape(*b, k // g, g, n)
 
 
-def _smallest_scale(spec: QuantSpec) -> float:
-    """The smallest scale the storage dtype holds; float16 may be subnormal, the others would be flushed to zero."""
-    return 2.0**-24 if spec.scale_dtype == "float16" else float(jnp.finfo(spec.scale_dtype).tiny)
+def smallest_scale(dtype: Any) -> float:
+    """The smallest scale a storage dtype holds; float16 may be subnormal, the others would be flushed to zero."""
+    return 2.0**-24 if jnp.dtype(dtype) == jnp.float16 else float(jnp.finfo(dtype).tiny)
 
 
 def fit_grid(weight: Float[Array, "*b k n"], spec: QuantSpec, ratio: Float[Array, "*b groups n"] | None = None) -> Grid:
@@ -64,7 +64,7 @@ def _span(weight: Array, spec: QuantSpec, ratio: Array | None) -> Grid:
     else:
         step = (high - low) / spec.levels
     # An all-zero group may have any scale: 1 keeps it finite.
-    stored = jnp.where(step > 0, jnp.maximum(step, _smallest_scale(spec)), 1.0).astype(spec.scale_dtype)
+    stored = jnp.where(step > 0, jnp.maximum(step, smallest_scale(spec.scale_dtype)), 1.0).astype(spec.scale_dtype)
     scale = stored.astype(jnp.float32)
     zero = jnp.full_like(scale, spec.middle) if spec.symmetric else jnp.clip(-jnp.round(low / scale), 0, spec.levels)
     return Grid(stored, zero)

@@ -5,7 +5,7 @@ import dataclasses
 import fnmatch
 import math
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 
@@ -157,6 +157,12 @@ class ScaleRule:
     def __post_init__(self) -> None:
         if not self.powers:
             raise ValueError(f"ScaleRule {self.name!r} has no candidates: give at least one (p, q) pair.")
+        if not all(math.isfinite(power) for pair in self.powers for power in pair):
+            raise ValueError(f"ScaleRule {self.name!r} has powers that are no numbers: {self.powers}.")
+        if self.statistic not in get_args(Statistic):
+            raise ValueError(f"ScaleRule.statistic is {self.statistic!r}; use {', '.join(get_args(Statistic))}.")
+        if self.weight_statistic not in ("group", "max"):
+            raise ValueError(f"ScaleRule.weight_statistic is {self.weight_statistic!r}; use 'group' or 'max'.")
         if not 0 < self.salient_fraction <= 1:
             raise ValueError(f"ScaleRule.salient_fraction is {self.salient_fraction}; it must lie in (0, 1].")
         if not 0 < self.percentile <= 100:

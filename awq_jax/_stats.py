@@ -176,10 +176,15 @@ def calibrate(
     Returns:
       The tree of merged `ActStats`; with ``has_aux`` the pair (tree, stacked aux).
 
+    Raises:
+      ValueError: there are no batches.
+
     >>> xs = jnp.arange(12.0).reshape(3, 2, 2)
     >>> float(calibrate(lambda _, x: observe(x), None, xs).count)
     6.0
     """
+    if not all(len(leaf) for leaf in jax.tree.leaves(batches)) or not jax.tree.leaves(batches):
+        raise ValueError("there are no batches to observe: the leading axis of batches counts them.")
     with_aux = observer if has_aux else lambda p, batch: (observer(p, batch), None)
 
     def step(total: Any, batch: Any) -> tuple[Any, Any]:

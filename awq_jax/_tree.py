@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Parameters as nested dicts, addressed by paths such as ``layers/0/attn/q``."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-__all__ = ["get", "leaves", "put"]
+__all__ = ["get", "leaves", "nested", "put"]
 
 
 def get(tree: Mapping[str, Any], path: str) -> Any:
@@ -40,3 +40,19 @@ def leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any
             yield from leaves(value, path)
         else:
             yield path, value
+
+
+def nested(found: Iterable[tuple[str, Any]]) -> dict[str, Any]:
+    """The tree of (path, leaf) pairs, the inverse of `leaves`.
+
+    >>> nested([("attn/q", 1), ("attn/k", 2), ("norm", 3)])
+    {'attn': {'q': 1, 'k': 2}, 'norm': 3}
+    """
+    tree: dict[str, Any] = {}
+    for path, leaf in found:
+        node = tree
+        *parents, name = path.split("/")
+        for key in parents:
+            node = node.setdefault(key, {})
+        node[name] = leaf
+    return tree

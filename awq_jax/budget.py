@@ -18,7 +18,7 @@ import numpy as np
 
 from awq_jax._allocate import allocate
 from awq_jax._plan import LayerPlan
-from awq_jax._publish import write_bytes
+from awq_jax._publish import beside, write_bytes
 from awq_jax._spec import QuantSpec, Recipe
 from awq_jax.hosts import Hosts
 from awq_jax.sensitivity import Measuring as Measuring
@@ -308,8 +308,7 @@ def kept_beside(out: str | os.PathLike[str]) -> Path:
     >>> kept_beside("/data/model-mixed").as_posix()
     '/data/.model-mixed.sensitivities.json'
     """
-    target = Path(os.path.abspath(out))
-    return target.with_name(f".{target.name}.sensitivities.json")
+    return beside(out, "sensitivities.json")
 
 
 def _read(kept: Path, inputs: Mapping[str, str] | None) -> Any:

@@ -174,12 +174,31 @@ def save(
       overwrite: replace ``out`` if awq-jax wrote it.
 
     Raises:
+      ValueError: ``params`` is another kind of tree; a list would come back as one array.
       FileExistsError: ``out`` exists.
       OSError: it can't be written.
     """
+    _refuse_other_trees(params)
     with published(out, overwrite=overwrite) as work:
         part = write_part(work / "params", params)
         write_manifest(work, recipe, parts={"params": part})
+
+
+def _refuse_other_trees(node: Any, path: str = "") -> None:
+    """Refuse what is not a nested dict of arrays and `QTensor`, before anything is written."""
+    where = f"{path!r} of the parameters" if path else "the tree of parameters"
+    if isinstance(node, Mapping):
+        if not path and not node:
+            raise ValueError("the tree of parameters is empty; there is nothing to save.")
+        for key, value in node.items():
+            if not isinstance(key, str) or not key or "/" in key:
+                raise ValueError(f"{where} has the key {key!r}; keys are text without '/'.")
+            _refuse_other_trees(value, f"{path}/{key}" if path else key)
+    elif not path or not isinstance(node, QTensor | jax.Array | np.ndarray | np.generic | int | float):
+        raise ValueError(
+            f"{where} is of type {type(node).__name__}; nested dicts of arrays and QTensor are saved. Other trees, "
+            "such as those with QKernel leaves, orbax's own checkpointer keeps."
+        )
 
 
 def load(path: str | os.PathLike[str]) -> dict[str, Any]:

@@ -7,6 +7,7 @@ compiled as it will be, and asked what it holds.
 
 import dataclasses
 import functools
+import math
 import pathlib
 import resource
 from collections.abc import Mapping, Sequence
@@ -17,6 +18,7 @@ import jax.numpy as jnp
 
 from awq_jax._plan import GroupPlan, LayerPlan
 from awq_jax._spec import Recipe
+from awq_jax._tree import nested
 from awq_jax.admit import admit
 from awq_jax.budget import choose
 from awq_jax.gram_memory import blocked, gram_bytes
@@ -146,17 +148,13 @@ def layer_flops(
 
 def _abstract_layer(checkpoint: HFCheckpoint, index: int, *, stored: bool = False) -> dict[str, Any]:
     """A layer's parameter tree with shapes for arrays, of float32 or as they are stored."""
-    tree: dict[str, Any] = {}
     prefix = f"layers/{index}/"
-    for path in checkpoint.paths():
-        if path.startswith(prefix):
-            node = tree
-            *parents, leaf = path.removeprefix(prefix).split("/")
-            for key in parents:
-                node = node.setdefault(key, {})
-            dtype = checkpoint.stored_dtype(path) if stored else jnp.float32
-            node[leaf] = jax.ShapeDtypeStruct(checkpoint.shape(path), dtype)
-    return tree
+    dtype = lambda path: checkpoint.stored_dtype(path) if stored else jnp.float32
+    return nested(
+        (path.removeprefix(prefix), jax.ShapeDtypeStruct(checkpoint.shape(path), dtype(path)))
+        for path in checkpoint.paths()
+        if path.startswith(prefix)
+    )
 
 
 def _coming_bytes(checkpoint: HFCheckpoint, index: int, layout: Layout) -> int:
@@ -165,7 +163,7 @@ def _coming_bytes(checkpoint: HFCheckpoint, index: int, layout: Layout) -> int:
         return 0
     arrays = jax.tree.leaves(layout.layer(_abstract_layer(checkpoint, index, stored=True)))
     part = lambda array: array.shape if array.sharding is None else array.sharding.shard_shape(array.shape)
-    return sum(array.dtype.itemsize * _size(part(array)) for array in arrays)
+    return sum(array.dtype.itemsize * math.prod(part(array)) for array in arrays)
 
 
 def _step_bytes(
@@ -238,14 +236,14 @@ def dry_run(
     for index, plan in enumerate(plans):
         shapes = {path: checkpoint.shape(path) for path in checkpoint.paths() if path.startswith(f"layers/{index}/")}
         kernels = {
-            path.removeprefix(f"layers/{index}/").removesuffix("/kernel"): (shape[-2], _size(shape) // shape[-2])
+            path.removeprefix(f"layers/{index}/").removesuffix("/kernel"): (shape[-2], math.prod(shape) // shape[-2])
             for path, shape in shapes.items()  # of experts all, as if every token reached each: at most so much
             if path.endswith("/kernel") and len(shape) > 1
         }
         before, after = layer_bytes(checkpoint, index, plan)
         flops = layer_flops(plan, kernels, tokens, min(tokens, MEASURED), seq_len)
         layers.append(LayerCost(index=index, bytes_before=before, bytes_after=after, flops=flops))
-        float_bytes = max(float_bytes, 4 * sum(_size(shape) for shape in shapes.values()))
+        float_bytes = max(float_bytes, 4 * sum(math.prod(shape) for shape in shapes.values()))
     in_chunks = hidden_states != "device"
     steps = {(config.of_layer(index), plan): index for index, plan in enumerate(plans)}
     layout = Layout(mesh)
@@ -258,7 +256,7 @@ def dry_run(
     hidden = 4 * tokens * config.hidden_size * (2 if any(plan.propagate for plan in plans) else 1)
     stem = sum(checkpoint.stored_nbytes(path) for path in checkpoint.paths() if not path.startswith("layers/"))
     embed = [path for path in checkpoint.paths() if path.startswith("embed/")]  # crosses as stored, and grows there
-    looked_up = sum(checkpoint.stored_nbytes(path) + 4 * _size(checkpoint.shape(path)) for path in embed)
+    looked_up = sum(checkpoint.stored_nbytes(path) + 4 * math.prod(checkpoint.shape(path)) for path in embed)
     process = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # with the compiler's, which the run has too
     # A layer as it is read ahead, one as it is worked on, and as much again that matrix products on a CPU pack, more
     # with more threads: of layers 2,048 wide the estimate is 3 % low with 8 and 11 % with 16.
@@ -343,10 +341,3 @@ def dry_run_directory(
     made = dry_run(admitted.checkpoint, plans, **sizes, keep=keep, mesh=mesh, hidden_states=hidden_states)
     notes = (*made.notes, *unsaved(format, specs_of(plans)))
     return dataclasses.replace(made, budget=None if chosen is None else chosen.to_dict(), notes=notes)
-
-
-def _size(shape: tuple[int, ...]) -> int:
-    size = 1
-    for axis in shape:
-        size *= axis
-    return size

@@ -17,7 +17,7 @@ import optax
 from jaxtyping import Array, Key
 
 from awq_jax._qtensor import QTensor, codes_of, dequantize_tree
-from awq_jax._round import Grid, code_range, packed_on
+from awq_jax._round import Grid, code_range, packed_on, smallest_scale
 from awq_jax._spec import QuantSpec, RefineSpec
 from awq_jax._tree import get, leaves, put
 
@@ -70,9 +70,8 @@ def _codes(latent: Mapping[str, Array], weight: QTensor) -> Array:
 def _scale(latent: Mapping[str, Array], weight: QTensor) -> Array:
     """Scales in their storage dtype."""
     dtype = weight.scale.dtype
-    smallest = 2.0**-24 if dtype == jnp.float16 else float(jnp.finfo(dtype).tiny)
     moved = weight.scale.astype(jnp.float32) * jnp.exp(latent["log_scale"])
-    return jnp.clip(moved, smallest, float(jnp.finfo(dtype).max)).astype(dtype)
+    return jnp.clip(moved, smallest_scale(dtype), float(jnp.finfo(dtype).max)).astype(dtype)
 
 
 def _value(latent: Mapping[str, Array], weight: QTensor) -> Array:

@@ -20,3 +20,8 @@ def test_what_is_not_there_is_an_attribute_error():
 
     with pytest.raises(AttributeError, match="'nothing'"):
         _ = awq_jax.nothing  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def test_help_needs_no_package_that_is_not_required():
+    code = "import inspect, sys; sys.modules['lm_eval'] = None; import awq_jax; inspect.getmembers(awq_jax)"
+    subprocess.run([sys.executable, "-c", code], check=True)

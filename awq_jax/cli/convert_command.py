@@ -46,7 +46,7 @@ def run(args: argparse.Namespace) -> int:
 
     from awq_jax_convert.convert import convert_checkpoint
 
-    console = Console(stderr=True, quiet=args.quiet, soft_wrap=True)
+    console = Console(stderr=True, quiet=args.quiet, soft_wrap=True, emoji=False)
     columns = (TextColumn("layer {task.completed}/{task.total}"), BarColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console, disable=args.quiet or not sys.stderr.isatty()) as bar:
         task = bar.add_task("converting", total=None)

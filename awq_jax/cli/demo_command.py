@@ -47,7 +47,7 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps({"out": str(args.out), "rows": [dataclasses.asdict(row) for row in rows]}))
         return 0
-    console = Console(soft_wrap=True)
+    console = Console(soft_wrap=True, emoji=False)
     table = Table(box=box.SIMPLE, padding=(0, 1))
     table.add_column("")
     for column in ("perplexity", "KL", "top-1", "MB", "seconds"):
@@ -66,9 +66,11 @@ def run(args: argparse.Namespace) -> int:
         )
     console.print(table)
     for r in rows[:3]:
-        console.print(f"[bold]{r.method}[/] {args.prompt}[italic]{escape(' '.join(['', *r.sample.split()]))}[/]")
-    console.print(f"checkpoints and report: {args.out}")
+        console.print(
+            f"[bold]{r.method}[/] {escape(args.prompt)}[italic]{escape(' '.join(['', *r.sample.split()]))}[/]"
+        )
+    console.print(f"checkpoints and report: {args.out}", markup=False)
     calib = args.out / "calibration.txt"
     again = f"awq-jax quantize {args.out / 'planted-dense'} tiny-int4 --method awq+gptq --calib {calib}"
-    console.print(f"next: {again}", soft_wrap=True)
+    console.print(f"next: {again}", markup=False)
     return 0

@@ -36,7 +36,7 @@ def show(found: DryRun, about: dict[str, str], *, as_json: bool) -> None:
             f"{layer.bytes_after / 1e6:.1f}",
             f"{layer.flops / 1e12:.3f}",
         )
-    console = Console()
+    console = Console(markup=False, emoji=False)
     console.print(table)
     if found.budget is not None:
         from awq_jax.pages.bits import bits_by_layer, bits_in_words

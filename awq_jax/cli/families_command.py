@@ -86,5 +86,5 @@ def run(args: argparse.Namespace) -> int:
         for row, group in enumerate(family["groups"]):
             table.add_row("" if row else named, ", ".join(group["weights"]), _into(group))
         table.add_section()
-    Console().print(table)
+    Console(markup=False, emoji=False).print(table)  # a user's table may say [anything]
     return 0

@@ -32,12 +32,11 @@ def run(args: argparse.Namespace) -> int:
 
     from rich import box
     from rich.console import Console
-    from rich.markup import escape
     from rich.table import Table
 
-    console = Console(soft_wrap=True)
+    console = Console(soft_wrap=True, markup=False, emoji=False)
     size = f"{found.nbytes / 1e6:.1f} MB"
-    console.print(f"{escape(str(args.dir))}: {found.family}, {found.num_layers} layers, {size}, {found.format}")
+    console.print(f"{args.dir}: {found.family}, {found.num_layers} layers, {size}, {found.format}")
     table = Table(box=box.SIMPLE, padding=(0, 1))
     for column in ("weight", "shape", "format", "bytes", "bits", "count"):
         text = column in ("weight", "format")

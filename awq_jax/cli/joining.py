@@ -23,6 +23,7 @@ _CLUSTERS = (
 )
 
 _FIRST_S = 30.0  # that jax waits longer than we do
+_MOST_S = 1e6  # of patience; threads can't wait for ever
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -143,8 +144,8 @@ def join(args: argparse.Namespace) -> tuple[bool, bool]:
       ValueError: options are missing or contradict each other, or no cluster is found.
       RuntimeError: the others did not come in time.
     """
-    if args.host_timeout <= 0:
-        raise ValueError(f"--host-timeout is {args.host_timeout:g}; it must be more than 0.")
+    if not 0 < args.host_timeout <= _MOST_S:
+        raise ValueError(f"--host-timeout is {args.host_timeout:g}; it must be more than 0, and at most {_MOST_S:g}.")
     if not asked(args):
         return False, True
     where: dict[str, Any] = {}

@@ -175,7 +175,7 @@ def _summary(report: "Report", out: pathlib.Path) -> None:
     from rich.markup import escape
     from rich.table import Table
 
-    console = Console(stderr=True, soft_wrap=True)  # a log keeps its lines whole
+    console = Console(stderr=True, soft_wrap=True, emoji=False)  # a log keeps its lines whole
     table = Table(title=f"{escape(str(out))}: output error over round to nearest's", title_justify="left")
     bits = {linear.path: str(linear.bits) for layer in report.layers for linear in layer.linears}
     shown = lambda ratio: "-" if ratio is None else f"{ratio:.3f}"
@@ -196,7 +196,7 @@ def _summary(report: "Report", out: pathlib.Path) -> None:
             )
     seen = {reason: path for path, reason in ((w.path, w.reason) for la in report.layers for w in la.linears) if reason}
     for reason, path in seen.items():
-        console.print(f"{path} and like it: {reason}")
+        console.print(f"{path} and like it: {escape(reason)}")
     for weight in report.outside:
         console.print(f"{weight.path}: {weight.reason}")
     for warning in report.warnings:

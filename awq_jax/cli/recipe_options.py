@@ -3,6 +3,7 @@
 
 import argparse
 import dataclasses
+import math
 import re
 from typing import TYPE_CHECKING, Any
 
@@ -66,6 +67,14 @@ def _scale_dtype(args: argparse.Namespace, fmt: str) -> str:
     return read_config(args.src, args.family).dtype
 
 
+def _gram_limit(gigabytes: float) -> int:
+    if not 0 <= gigabytes < math.inf:
+        raise ValueError(
+            f"--gram-limit is {gigabytes:g} GB; it must be a number from 0 up. Leave it out for the default."
+        )
+    return round(gigabytes * 1e9)
+
+
 def recipe_of(args: argparse.Namespace, fmt: str) -> "Recipe":
     """The whole recipe, for a format."""
     from awq_jax._spec import QuantSpec, Recipe, RefineSpec, SearchSpec, SmoothSpec, rule
@@ -81,9 +90,10 @@ def recipe_of(args: argparse.Namespace, fmt: str) -> "Recipe":
         activations=inputs,
     )
     grid = 20 if args.grid is None else args.grid
-    rules = tuple(rule(name.strip(), n_grid=grid) for name in (args.rules or "paper,duo").split(","))
+    named = "paper,duo" if args.rules is None else args.rules
+    rules = tuple(rule(name.strip(), n_grid=grid) for name in named.split(","))
     clip = () if args.no_clip else SearchSpec().clip_ratios
-    limit = None if args.gram_limit is None else round(args.gram_limit * 1e9)
+    limit = None if args.gram_limit is None else _gram_limit(args.gram_limit)
     return Recipe(
         quant=quant,
         method=args.method,

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from awq_jax._qtensor import QTensor
-from awq_jax._tree import leaves
+from awq_jax._tree import leaves, nested
 from awq_jax.report import GroupReport, LayerReport, LinearReport
 
 __all__ = ["from_tensors", "report_of", "to_tensors"]
@@ -35,16 +35,13 @@ def to_tensors(tree: Mapping[str, Any]) -> tuple[dict[str, np.ndarray], dict[str
 
 def from_tensors(tensors: Mapping[str, np.ndarray], described: Mapping[str, Any]) -> dict[str, Any]:
     """Inverse of `to_tensors`, with numpy leaves."""
-    tree: dict[str, Any] = {}
-    for path, row in described.items():
+
+    def leaf(path: str, row: Mapping[str, Any]) -> Any:
         arrays = {part: tensors[f"{path}:{part}"].view(dtype) for part, dtype in row["dtypes"].items()}
-        node = tree
-        *parents, leaf = path.split("/")
-        for key in parents:
-            node = node.setdefault(key, {})
         static = {"bits": row["bits"], "activations": row["activations"]} if "bits" in row else None
-        node[leaf] = QTensor(**arrays, **static) if static else arrays[""]
-    return tree
+        return QTensor(**arrays, **static) if static else arrays[""]
+
+    return nested((path, leaf(path, row)) for path, row in described.items())
 
 
 def _tuples(node: Any) -> Any:

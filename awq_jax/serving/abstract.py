@@ -12,7 +12,7 @@ import numpy as np
 from jax.sharding import Mesh, SingleDeviceSharding
 
 from awq_jax._qtensor import QTensor
-from awq_jax._tree import put
+from awq_jax._tree import nested, put
 from awq_jax.models import DecoderConfig, param_shapes
 from awq_jax.serving.fuse import fuse
 from awq_jax.serving.sharding import shapes_on, sharded_step
@@ -48,20 +48,19 @@ def abstract_params(
       int4_head: the output head is INT4 too.
     """
     of = lambda shape, kind: jax.ShapeDtypeStruct(shape, jnp.dtype(kind))
-    tree: dict[str, Any] = {}
     shapes = param_shapes(config)
     if int4_head:
         shapes["lm_head/kernel"] = (config.hidden_size, config.vocab_size)
-    for path, shape in shapes.items():
-        node = tree
-        *parents, name = path.split("/")
-        for key in parents:
-            node = node.setdefault(key, {})
-        node[name] = of(shape, jnp.float32 if parents[-1].endswith("norm") else dtype)
-        if name == "kernel" and (path.startswith("layers/") or int4_head):
-            k, n = shape
-            scale, zero = of((k // group_size, n), dtype), of((k // group_size, n), "int8")
-            node[name] = QTensor(packed=of((k // 2, n), "int8"), scale=scale, zero=zero)
+
+    def leaf(path: str, shape: tuple[int, ...]) -> Any:
+        module, _, name = path.rpartition("/")
+        if name != "kernel" or not (path.startswith("layers/") or int4_head):
+            return of(shape, jnp.float32 if module.endswith("norm") else dtype)
+        k, n = shape
+        scale, zero = of((k // group_size, n), dtype), of((k // group_size, n), "int8")
+        return QTensor(packed=of((k // 2, n), "int8"), scale=scale, zero=zero)
+
+    tree = nested((path, leaf(path, shape)) for path, shape in shapes.items())
     fused = dict(jax.eval_shape(fuse, tree))
     return put(fused, "layers", {str(i): fused["layers"][str(i)] for i in range(config.num_layers)})
 

@@ -55,16 +55,16 @@ class Chat:
         self.messages = [{"role": "system", "content": system}] if system else []
 
     def say(self, line: str) -> Iterator[str]:
-        """The answer, piece by piece.
+        """The answer, piece by piece; what is not answered to its end is not kept.
 
         Raises:
           ValueError: the conversation has grown past the slot's positions.
         """
-        self.messages.append({"role": "user", "content": line})
+        messages = [*self.messages, {"role": "user", "content": line}]
         if self.template is None:
             ids = self._tokenizer.encode(line, special=True)
         else:
-            ids = self._tokenizer.encode(self.template.render(self.messages))
+            ids = self._tokenizer.encode(self.template.render(messages))
         room = self._engine.max_len - len(ids)
         if room < 1:
             raise ValueError(
@@ -82,12 +82,15 @@ class Chat:
 
         limit = min(self._limit, room)
         request = Request(prompt=tuple(ids), max_new_tokens=limit, stop_tokens=self._stops, **self._sampling)
-        self._engine.submit(request, deliver)
+        ticket = self._engine.submit(request, deliver)
         said = ""
-        while not ended or pieces:
-            if not pieces:
-                self._engine.step()
-            while pieces:
-                said += pieces[0]
-                yield pieces.pop(0)
-        self.messages.append({"role": "assistant", "content": said})
+        try:
+            while not ended or pieces:
+                if not pieces:
+                    self._engine.step()
+                while pieces:
+                    said += pieces[0]
+                    yield pieces.pop(0)
+        finally:
+            ticket.cancel()  # where nobody reads on; the next line gets the slot
+        self.messages = [*messages, {"role": "assistant", "content": said}]

@@ -65,8 +65,19 @@ class Exported:
         seed: int = 0,
         stop_tokens: tuple[int, ...] = (),
     ) -> int:
-        """Put a prompt into a row; its first token."""
+        """Put a prompt into a row; its first token.
+
+        Raises:
+          ValueError: there is no such row, a token that the model does not know, or more than a slot has room for.
+        """
         length, most = len(prompt), self.manifest["stops"]
+        if not 0 <= row < self.batch:  # XLA would clamp it, and write over the last row
+            raise ValueError(f"row {row}; the artefacts have rows 0 to {self.batch - 1}.")
+        odd = [token for token in prompt if not 0 <= token < self.manifest["vocab_size"]]
+        if odd:
+            raise ValueError(f"token {odd[0]} is outside the vocabulary of {self.manifest['vocab_size']}.")
+        if max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens is {max_new_tokens}; it must be at least 1.")
         if length < 1 or length + max_new_tokens > self.max_len or len(stop_tokens) > most:
             raise ValueError(
                 f"{length} tokens and {max_new_tokens} more, with {len(stop_tokens)} stop tokens: a slot has "

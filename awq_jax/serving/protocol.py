@@ -51,7 +51,13 @@ class Refusal(Exception):
     def body(self) -> dict[str, Any]:
         """As OpenAI's clients read it."""
         kind = "invalid_request_error" if self.status < 500 and self.status != 429 else "server_error"
-        return {"error": {"message": str(self), "type": kind, "param": self.param, "code": None}}
+        message, param = _sendable(str(self)), None if self.param is None else _sendable(self.param)
+        return {"error": {"message": message, "type": kind, "param": param, "code": None}}
+
+
+def _sendable(text: str) -> str:
+    """Text of a client's in UTF-8: JSON's escapes can hold half of a surrogate pair."""
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

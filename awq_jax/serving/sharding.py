@@ -19,7 +19,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from awq_jax._qtensor import QTensor
-from awq_jax._tree import leaves
+from awq_jax._tree import leaves, nested
 from awq_jax.models import DecoderConfig
 from awq_jax.serving.arrange import arranged
 from awq_jax.serving.cache import SlotCache
@@ -119,14 +119,7 @@ def _on_mesh(mesh: Mesh, spec: P, *parts: Any) -> jax.Array:
 
 def _share(tree: Mapping[str, Any], index: int, shares: int) -> dict[str, Any]:
     """What one share keeps of a tree that is not fused."""
-    out: dict[str, Any] = {}
-    for path, leaf in leaves(tree):
-        node = out
-        *parents, name = path.split("/")
-        for key in parents:
-            node = node.setdefault(key, {})
-        node[name] = cut(path, leaf, index, shares)
-    return out
+    return nested((path, cut(path, leaf, index, shares)) for path, leaf in leaves(tree))
 
 
 def cut(path: str, leaf: Any, index: int, shares: int) -> Any:

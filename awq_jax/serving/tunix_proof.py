@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from awq_jax._tree import nested
 from awq_jax.models import DecoderConfig, param_shapes
 from awq_jax.models.functional import forward
 from awq_jax.serving.tunix_families import TunixFamily
@@ -119,14 +120,7 @@ def _random(config: DecoderConfig) -> dict[str, Any]:
 
 
 def _ours(config: DecoderConfig, params: Mapping[str, Any], tokens: Any) -> Any:
-    tree: dict[str, Any] = {}
-    for path, leaf in params.items():
-        node = tree
-        *parents, name = path.split("/")
-        for key in parents:
-            node = node.setdefault(key, {})
-        node[name] = leaf
-    return np.asarray(jax.jit(lambda p: forward(config, p, tokens))(tree), np.float64)
+    return np.asarray(jax.jit(lambda p: forward(config, p, tokens))(nested(params.items())), np.float64)
 
 
 def _gap(got: np.ndarray, wanted: np.ndarray) -> float:

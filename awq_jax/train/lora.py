@@ -15,11 +15,11 @@ import jax.numpy as jnp
 from jaxtyping import Array, Key
 
 from awq_jax._pytree import pytree, static
-from awq_jax.adapt.kernel import QKernel, as_kernel, is_kernel
+from awq_jax.adapt.kernel import as_kernel, is_kernel
 from awq_jax.adapt.layout import Layout
 from awq_jax.adapt.program import flatten, unflatten
 
-__all__ = ["Adapted", "apply_adapters", "init_adapters", "merge_adapters", "quantized_size"]
+__all__ = ["Adapted", "apply_adapters", "init_adapters", "merge_adapters"]
 
 Adapters = dict[str, dict[str, Array]]
 """``{path: {"a": [*lead, k, rank], "b": [*lead, rank, n]}}``: what is trained, a plain tree."""
@@ -161,11 +161,3 @@ def merge_adapters(
     dense = {path: as_kernel(leaf) for path, leaf in leaves.items()}
     dense = {path: leaf.dense().astype(leaf.dtype) if is_kernel(leaf) else leaf for path, leaf in dense.items()}
     return unflatten(tree, dense)
-
-
-def quantized_size(params: Any) -> tuple[int, int]:
-    """(bytes, weights) of the quantized kernels of a tree."""
-    kernels = [as_kernel(leaf) for leaf in flatten(params)[0].values() if is_kernel(leaf)]
-    bases = [k.base if isinstance(k, Adapted) else k for k in kernels]
-    kept = [base for base in bases if isinstance(base, QKernel)]
-    return sum(base.nbytes for base in kept), sum(base.size for base in kept)

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
+from awq_jax._operands import refuse_shape
 from awq_jax._round import fake_quantize
 from awq_jax._spec import QuantSpec
 from awq_jax.adapt.kernel import QKernel, as_kernel, is_kernel
@@ -51,9 +52,14 @@ def fake_quantized(params: Any, weights: Mapping[str, Layout], spec: QuantSpec =
 
 
 def learned_scales(params: Any) -> dict[str, Array]:
-    """The scales of every quantized kernel in float32, ``{path: [*lead, k/g, n]}``: what `learned` trains."""
+    """The scales of every quantized kernel in float32, ``{path: [*lead, k/g, n]}``: what `learned` trains.
+
+    Raises:
+      ValueError: a kernel has an adapter beside it.
+    """
     leaves, _ = flatten(params)
-    return {p: as_kernel(leaf).weight.scale.astype(jnp.float32) for p, leaf in leaves.items() if is_kernel(leaf)}
+    kernels = {path: _kernel(path, leaf) for path, leaf in leaves.items() if is_kernel(leaf)}
+    return {path: kernel.weight.scale.astype(jnp.float32) for path, kernel in kernels.items()}
 
 
 def learned(params: Any, scales: Mapping[str, Array], *, store: bool = False) -> Any:
@@ -65,11 +71,15 @@ def learned(params: Any, scales: Mapping[str, Array], *, store: bool = False) ->
       store: put the scales into the kernels, in the dtype they had. Otherwise kernels become dense, made from the codes
         and the scales in a way that gradients with respect to the scales flow through: `awq_jax.matmul` gives them
         none. That makes dense kernels; put a layer under `jax.checkpoint` to keep one at a time.
+
+    Raises:
+      ValueError: a path is none of a quantized kernel, or its scales have another shape.
     """
     leaves, tree = flatten(params)
     out = dict(leaves)
     for path, scale in scales.items():
-        kernel: QKernel = as_kernel(leaves[path])
+        kernel = _kernel(path, leaves.get(path))
+        refuse_shape(f"the scale of {path!r}", scale, kernel.weight.scale.shape, "as learned_scales gives it")
         if store:
             kept = _replace(kernel.weight, scale.astype(kernel.weight.scale.dtype))
             leaf = leaves[path]
@@ -77,6 +87,15 @@ def learned(params: Any, scales: Mapping[str, Array], *, store: bool = False) ->
         else:
             out[path] = _with_weight(kernel, _replace(kernel.weight, scale)).dense()
     return unflatten(tree, out)
+
+
+def _kernel(path: str, leaf: Any) -> QKernel:
+    """A leaf that is a quantized kernel."""
+    kernel = as_kernel(leaf)
+    if not isinstance(kernel, QKernel):
+        found = "not among the parameters" if leaf is None else f"of type {type(leaf).__name__}"
+        raise ValueError(f"{path!r} is {found}; scales are learned of quantized kernels, without adapters beside them.")
+    return kernel
 
 
 def _replace(weight: Any, scale: Array) -> Any:

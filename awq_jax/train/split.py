@@ -27,7 +27,7 @@ def frozen_mask(params: Any) -> Any:
     return jax.tree.map(mask, params, is_leaf=is_kernel)
 
 
-def split(params: Any, trained: Callable[[str], bool] = lambda path: True) -> tuple[Any, Any]:
+def split(params: Any, trained: Callable[[str], Any] = lambda path: True) -> tuple[Any, Any]:
     """(trained, frozen): the same tree twice, with None where a leaf is in the other.
 
     Differentiate the first and `combine` inside: `jax.grad` refuses integer leaves, and the frozen ones get no
@@ -35,10 +35,11 @@ def split(params: Any, trained: Callable[[str], bool] = lambda path: True) -> tu
 
     Args:
       params: mixed tree.
-      trained: which of the floating leaves, by path.
+      trained: which of the floating leaves, by path; what counts as true is yes.
     """
     mask = jax.tree_util.tree_map_with_path(
-        lambda keys, free: free and trained(jax.tree_util.keystr(keys, simple=True, separator="/")),
+        # A bool and nothing else: a leaf whose answer were a match or a number would be in neither tree.
+        lambda keys, free: free and bool(trained(jax.tree_util.keystr(keys, simple=True, separator="/"))),
         frozen_mask(params),
     )
     choose = lambda keep: jax.tree.map(lambda leaf, free: leaf if free is keep else None, params, mask)

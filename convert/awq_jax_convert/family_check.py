@@ -12,7 +12,7 @@ import numpy as np
 from awq_jax._fold import fold_scale
 from awq_jax._plan import GroupPlan, LayerPlan
 from awq_jax._tie import Tie
-from awq_jax._tree import get
+from awq_jax._tree import get, nested
 from awq_jax.families import Norm
 from awq_jax.models import DecoderConfig, param_shapes
 from awq_jax.models.functional import block
@@ -43,16 +43,14 @@ def _small(config: DecoderConfig) -> DecoderConfig:
 
 def _layer(config: DecoderConfig) -> dict[str, Any]:
     """Random parameters: gains around one, so that a scale that is not folded shows."""
-    rng, tree = np.random.default_rng(0), {}
-    for path, shape in param_shapes(config).items():
-        if path.startswith("layers/0/"):
-            *parents, leaf = path.removeprefix("layers/0/").split("/")
-            node = tree
-            for key in parents:
-                node = node.setdefault(key, {})
-            size = shape[-2] ** -0.5 if len(shape) > 1 else 0.3
-            node[leaf] = jnp.asarray(rng.normal(float(leaf == "scale"), size, shape), jnp.float32)
-    return tree
+    rng, prefix = np.random.default_rng(0), "layers/0/"
+
+    def leaf(path: str, shape: tuple[int, ...]) -> Any:
+        size = shape[-2] ** -0.5 if len(shape) > 1 else 0.3
+        return jnp.asarray(rng.normal(float(path.endswith("/scale")), size, shape), jnp.float32)
+
+    inside = ((path, shape) for path, shape in param_shapes(config).items() if path.startswith(prefix))
+    return nested((path.removeprefix(prefix), leaf(path, shape)) for path, shape in inside)
 
 
 def _readers(config: DecoderConfig, layer: Mapping[str, Any], h: Any) -> list[frozenset[str]]:

@@ -13,6 +13,7 @@ import numpy as np
 
 from awq_jax._qtensor import QTensor
 from awq_jax._tie import Tie
+from awq_jax._tree import nested
 from awq_jax_convert.codecs import codec_of
 from awq_jax_convert.factors import FACTORS, apply, producers
 from awq_jax_convert.floats import nonfinite, widened
@@ -213,17 +214,10 @@ class HFCheckpoint(Checkpoint):
         return whole if dtype is None else np.ascontiguousarray(widened(whole, np.dtype(dtype)))
 
     def _tree(self, paths: Iterable[str], prefix: str, dtype: Any) -> dict[str, Any]:
-        tree: dict[str, Any] = {}
         paths = list(paths)
         with ThreadPoolExecutor(_AT_ONCE) as pool:
             read = list(pool.map(lambda path: self._read(path, dtype), paths))
-        for path, array in zip(paths, read, strict=True):
-            node = tree
-            *parents, leaf = path.removeprefix(prefix).split("/")
-            for key in parents:
-                node = node.setdefault(key, {})
-            node[leaf] = array
-        return tree
+        return nested(zip((path.removeprefix(prefix) for path in paths), read, strict=True))
 
     def layer(self, index: int, dtype: Any = np.float32) -> dict[str, Any]:
         """The parameters of one layer; see `Checkpoint.layer`."""

@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 
-from awq_jax._files import resolve_inside
 from awq_jax._manifest import MANIFEST, make_manifest
 from awq_jax._publish import INCOMPLETE, published, write_bytes
 from awq_jax.behind import Behind
@@ -140,15 +139,6 @@ class DirectoryWriter:
     def write_json(self, name: str, content: Any) -> None:
         """`write_bytes` of indented JSON."""
         self.write_text(name, _json(content))
-
-    def copy_file(self, directory: str | os.PathLike[str], name: str) -> None:
-        """Copy a small file of another checkpoint, under its own name.
-
-        Raises:
-          ValueError: it lies outside that directory, or see `write_bytes`.
-          FileNotFoundError: there is none.
-        """
-        self.write_bytes(name, resolve_inside(Path(directory), name).read_bytes())
 
     def _complete(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
         if error is not None:

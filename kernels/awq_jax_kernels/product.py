@@ -5,6 +5,7 @@ An operation writes its product over 2-d operands, ``y[m, n]`` from ``x[m, k]`` 
 first; the rest is here.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -77,13 +78,20 @@ def _still(leaf: Any) -> Any:
     return jnp.zeros_like(leaf) if jnp.issubdtype(leaf.dtype, jnp.floating) else np.zeros(leaf.shape, jax.dtypes.float0)
 
 
-def unmapped(kernel: Callable[..., Any], definition: Callable[..., Any]) -> Callable[..., Any]:
+@functools.cache
+def unmapped(kernel: Callable[..., Any], definition: Callable[..., Any], **bound: Any) -> Callable[..., Any]:
     """The kernel; mapped over an axis, its definition: a bulk copy reads whole operands and not a slice of a stack.
 
     Args:
       kernel: of operands that are arrays, trees of them or None.
       definition: computes the same.
+      **bound: keywords of both, hashable.
+
+    Returns:
+      A function of the operands, the same one for the same arguments: a program that calls it for each layer lowers it
+      once.
     """
+    kernel, definition = functools.partial(kernel, **bound), functools.partial(definition, **bound)
 
     @jax.custom_batching.custom_vmap
     def run(*operands: Any) -> Any:

@@ -293,8 +293,6 @@ def test_a_read_only_directory_is_named(tmp_path):
 
 
 def test_bad_calls(tmp_path):
-    (tmp_path / "secret").write_text("x")
-    (tmp_path / "src").mkdir()
     with DirectoryWriter(tmp_path / "out") as writer:
         writer.add("a", A)
         with pytest.raises(ValueError, match="tensor 'a' was already written"):
@@ -304,11 +302,6 @@ def test_bad_calls(tmp_path):
         for name in ("../x", "/etc/x", "", "..", MANIFEST, "model.safetensors", "_INCOMPLETE"):
             with pytest.raises(ValueError, match="not a plain, unused file name"):
                 writer.write_text(name, "x")
-        (tmp_path / "src" / "tokenizer.json").symlink_to(tmp_path / "secret")
-        with pytest.raises(ValueError, match="outside its directory"):
-            writer.copy_file(tmp_path / "src", "tokenizer.json")
-        with pytest.raises(FileNotFoundError, match=r"has no file 'merges.txt'"):
-            writer.copy_file(tmp_path / "src", "merges.txt")
 
 
 def test_a_directory_that_holds_only_other_files(tmp_path):

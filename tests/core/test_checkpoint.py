@@ -1,4 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
+import inspect
 import json
 import os
 from pathlib import Path
@@ -13,6 +14,7 @@ import pytest
 from awq_jax import QTensor, QuantSpec, quantize
 from awq_jax._manifest import MANIFEST, read_manifest, verify
 from awq_jax._tree import leaves
+from awq_jax.adapt.kernel import as_kernel
 from awq_jax.checkpoint import load, save
 
 
@@ -155,3 +157,19 @@ def test_a_tree_that_cannot_be_written_leaves_nothing(tmp_path):
     with pytest.raises(OSError, match="cannot write 'params'"):
         save(tmp_path / "x", {"w": np.array(["text"], dtype=object)})
     assert not os.listdir(tmp_path)
+
+
+def test_other_trees_are_refused_and_nothing_is_written(rng, tmp_path):
+    one = np.ones(2, np.float32)
+    for tree, said in (
+        ({"a": {"b": [one, one]}}, "'a/b' of the parameters is of type list"),
+        ({"a": None}, "'a' of the parameters is of type NoneType"),
+        ({"a": as_kernel(weight(rng, 16, 12))}, r"type QKernel.*orbax's own"),
+        ({"a": {1: one}}, "'a' of the parameters has the key 1"),
+        ({"a/b": weight(rng, 16, 12)}, "the tree of parameters has the key 'a/b'"),
+        (weight(rng, 16, 12), "the tree of parameters is of type QTensor"),
+        ({}, "is empty"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            inspect.unwrap(save)(tmp_path / "x", tree)
+    assert not any(tmp_path.iterdir())

@@ -42,6 +42,16 @@ def test_each_row_meets_its_own_weight(rng, sent, bits):
         np.testing.assert_allclose(got[of(expert)], wanted, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("bits", [4, 8])
+def test_rows_of_more_than_a_tile_meet_their_own_weight(rng, bits):
+    sizes = np.array([300, 0, 700, 24], np.int32)
+    x = jnp.asarray(rng.normal(size=(sizes.sum(), K)), jnp.float32)
+    weight = quantize(jnp.asarray(rng.normal(size=(E, K, N)), jnp.float32), QuantSpec(bits=bits, group_size=4))
+    got = jax.jit(ragged_matmul)(x, weight, jnp.asarray(sizes))
+    wanted = np.einsum("mk,mkn->mn", x, np.repeat(np.asarray(dequantize(weight)), sizes, axis=0))
+    np.testing.assert_allclose(got, wanted, rtol=1e-5, atol=1e-5)
+
+
 def test_statistics_are_those_of_each_experts_rows(rng, sent):
     mask = rng.random(SIZES.sum()) < 0.7
     got = jax.jit(lambda x, mask: observe_experts(x, mask, histogram=True))(sent, jnp.asarray(mask))

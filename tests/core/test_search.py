@@ -1,4 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
+import inspect
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -160,3 +162,18 @@ def test_tiny_grids_work(rng, n_grid):
     search = SearchSpec(rules=(rule("paper", n_grid=n_grid), rule("duo", n_grid=n_grid)))
     result = search_scale(observe(jnp.asarray(x)), [jnp.asarray(w)], search, SPEC)
     assert result.losses.shape == (1 + 2 * n_grid,) and result.loss <= result.rtn_loss
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"statistic": "median"}, "statistic is 'median'; use mean, max, percentile"),
+        ({"weight_statistic": "mean"}, "weight_statistic is 'mean'; use 'group' or 'max'"),
+        ({"powers": ((float("nan"), 0.0),)}, "powers that are no numbers"),
+        ({"powers": ()}, "no candidates"),
+    ],
+)
+def test_rules_that_mean_nothing_are_refused(change, said):
+    fields = {"name": "mine", "powers": ((0.5, 0.0),), **change}
+    with pytest.raises(ValueError, match=said):
+        inspect.unwrap(ScaleRule.__init__)(object.__new__(ScaleRule), **fields)  # below the annotations

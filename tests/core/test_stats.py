@@ -110,3 +110,9 @@ def test_padding_does_not_take_the_place_of_tokens(rng):
     mask = jnp.arange(16) < jnp.asarray(rng.integers(1, 5, (8, 1)))  # documents of one to four tokens
     kept = np.asarray(x, np.float64)[np.asarray(mask)]
     np.testing.assert_allclose(observe(x, mask, stride=4).gram, 4 * kept[::4].T @ kept[::4], rtol=1e-5, atol=1e-5)
+
+
+def test_calibrate_without_batches_is_refused():
+    for batches in (jnp.zeros((0, 2, 4)), (), None):
+        with pytest.raises(ValueError, match="no batches"):
+            calibrate(lambda _, x: observe(x), None, batches)

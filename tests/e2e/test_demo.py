@@ -6,7 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from awq_jax.demo import MODEL, plant_checkpoint, run_demo
+from awq_jax.cli import main
+from awq_jax.demo import MODEL, DemoRow, plant_checkpoint, run_demo
 from awq_jax_convert.formats import open_checkpoint
 from tests.tiny_models import logits_of, rounding, some_tokens
 
@@ -32,3 +33,23 @@ def test_awq_keeps_what_rounding_loses(tmp_path: Path):
     assert (tmp_path / "demo" / "report.md").is_file()
     with pytest.raises(FileExistsError, match="choose another name"):
         run_demo(tmp_path / "demo")
+
+
+def test_prompts_that_look_like_markup_are_printed_as_they_are(monkeypatch: pytest.MonkeyPatch, capsys):
+    row = DemoRow(
+        model="plain",
+        method="dense",
+        perplexity=2.0,
+        perplexity_stderr=None,
+        kl=0.0,
+        top1=1.0,
+        nbytes=1,
+        seconds=0.0,
+        sample="] = 1",
+    )
+    monkeypatch.setattr("awq_jax.demo.run_demo", lambda *args, **options: (row,))
+    assert main(["demo", "--out", "a[b]", "--prompt", "x[i] :boom: [/b]"]) == 0
+    said = capsys.readouterr().out
+    assert "dense x[i] :boom: [/b] ] = 1" in said
+    assert "report: a[b]" in said
+    assert "quantize a[b]/planted-dense" in said

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 import json
+from pathlib import Path
 
 import pytest
 
@@ -29,3 +30,11 @@ def test_people_read_what_stays_at_identity_and_why(capsys: pytest.CaptureFixtur
 def test_an_unknown_name_is_refused(capsys: pytest.CaptureFixture[str]):
     assert main(["families", "mamba"]) == 2
     assert "no family is called 'mamba'; these are: llama, " in capsys.readouterr().err
+
+
+def test_a_table_of_ones_own_is_shown_as_it_is_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    rows = 'sinks = ["layers/*/attn/o"]\nreason = "slower [measured] :boom: [/b]"'
+    (tmp_path / "mine.toml").write_text(f'base = "llama"\n[[groups]]\n{rows}\n')
+    assert main(["families", str(tmp_path / "mine.toml")]) == 0
+    said = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    assert "nothing: slower [measured] :boom: [/b]" in said

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The sum and its norm: definition and kernel against numpy in float64."""
 
+import inspect
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -61,3 +63,21 @@ def test_refusals_are_named():
             add_norm(jnp.ones((2, 96)), None, weight, eps=1e-5, implementation=name)
     with pytest.raises(ValueError, match="no multiple of 512"):
         add_norm(jnp.ones((2, 96), jnp.bfloat16), None, weight, eps=1e-5, implementation="gpu")
+
+
+def test_shapes_that_disagree_are_refused_by_every_implementation(rng):
+    h, delta, weight = problem(rng, 4, 512, True)
+    assert delta is not None
+    for odd in ((h, delta[:1], weight), (h, delta[None], weight), (h, None, weight[:1]), (h[None], None, weight)):
+        for name in ("tpu", "gpu", "reference", None):
+            with pytest.raises(ValueError, match="must be"):
+                inspect.unwrap(add_norm)(*odd, eps=1e-5, implementation=name)  # below the annotations
+
+
+def test_a_wider_delta_leaves_the_stream_its_dtype(rng):
+    h, delta, weight = problem(rng, 4, 512, True)
+    assert delta is not None
+    operands = h, delta.astype(jnp.float32), weight
+    with jax.numpy_dtype_promotion("standard"):
+        check(add_norm(*operands, eps=1e-5, implementation="reference"), *operands, 0.0)
+        check(add_norm(*operands, eps=1e-5, implementation="tpu", interpret=INTERPRET), *operands, 0.0)

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """An activation times its neighbour: definition and kernel against numpy in float64."""
 
+import inspect
 import math
 
 import jax
@@ -52,3 +53,5 @@ def test_refusals_are_named():
         gated(jnp.ones((2, 96)), activation="relu")
     with pytest.raises(ValueError, match="even number"):
         gated(jnp.ones((2, 95)), activation="silu")
+    with pytest.raises(ValueError, match="3 axes, not 2"):
+        inspect.unwrap(gated)(jnp.ones((1, 2, 32), jnp.bfloat16), activation="silu", implementation="gpu")

@@ -2,6 +2,7 @@
 """Rows sorted by expert: each equals the plain product with its expert's weight."""
 
 import functools
+import inspect
 from typing import Any
 
 import jax
@@ -18,6 +19,7 @@ from tests.kernels.contract import error_bound, make_problem
 INTERPRET = BlockConfig(
     bn=128, tile=128, buffers=2, interpret=pltpu.InterpretParams(uninitialized_memory="nan", detect_races=True)
 )
+unchecked = inspect.unwrap(ragged_int4_matmul)  # below the annotations, which users don't run
 SIZES = [(5, 0, 17, 3), (0, 0, 0, 25), (1, 1, 1, 1), (0, 0, 0, 0), (16, 16, 0, 1)]
 
 
@@ -72,3 +74,30 @@ def test_refuses_what_the_kernel_cannot_take(rng):
     _, x, weights = experts(rng, 20, Case(16, 64, 32, 32))
     with pytest.raises(ValueError, match="multiples of 128"):
         ragged_int4_matmul(x, *weights, jnp.asarray(SIZES[0], jnp.int32), implementation="tpu")
+
+
+def test_shapes_that_disagree_are_refused_by_every_implementation(rng):
+    _, x, (packed, scale, zero) = experts(rng, 20, Case(16, 64, 32, 32), zeros=True)
+    sizes = jnp.asarray([3, 9, 0, 6], jnp.int32)
+    for odd in (
+        (x[:, :32], packed, scale, zero, sizes),
+        (x, packed, scale[:1], zero, sizes),
+        (x, packed, scale, zero[:1], sizes),
+        (x, packed, scale, zero, jnp.asarray([3, 9, 0, 2, 4], jnp.int32)),
+        (x, packed, scale, zero, sizes[:1]),
+    ):
+        for implementation in ("reference", "xla", "tpu", None):
+            with pytest.raises(ValueError, match="must "):
+                unchecked(*odd, implementation=implementation)
+
+
+def test_options_that_say_nothing_are_refused(rng):
+    _, x, weights = experts(rng, 20, Case(16, 64, 32, 32))
+    sizes = jnp.asarray([3, 9, 0, 6], jnp.int32)
+    for implementation in ("reference", "xla", None):
+        with pytest.raises(ValueError, match="config belongs to the kernel"):
+            ragged_int4_matmul(x, *weights, sizes, implementation=implementation, config=INTERPRET)
+    with pytest.raises(ValueError, match="choose from tpu, xla, reference"):
+        unchecked(x, *weights, sizes, implementation="pallas")
+    with pytest.raises(ValueError, match="at least one row"):
+        ragged_int4_matmul(x, *weights, sizes, tile=0)

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from awq_jax import QuantSpec, quantize
-from awq_jax._tree import put
+from awq_jax._tree import nested, put
 from awq_jax.models import DecoderConfig, param_shapes
 from awq_jax.serving.arrange import arranged
 from awq_jax.serving.cache import SlotCache
@@ -96,17 +96,16 @@ OTHERS = {
 
 def weights(config, *, bits=4, group_size=128, dtype=jnp.float32):
     """Random parameters, fused, the layers' kernels quantized; gains and biases random as well."""
-    rng, tree = np.random.default_rng(0), {}
-    for path, shape in param_shapes(config).items():
-        node = tree
-        *parents, name = path.split("/")
-        for key in parents:
-            node = node.setdefault(key, {})
+    rng = np.random.default_rng(0)
+
+    def leaf(path, shape):
+        name = path.rpartition("/")[2]
         wide = rng.standard_normal(shape) * (shape[-2] ** -0.5 if len(shape) > 1 else 0.3)
-        node[name] = jnp.asarray(wide + (name == "scale" and 1 - config.norm_offset), dtype)
-        if name == "kernel" and len(shape) == 2 and path.startswith("layers/") and shape[-1] > 8:
-            node[name] = quantize(node[name], QuantSpec(bits=bits, group_size=group_size))
-    return fuse(tree)
+        made = jnp.asarray(wide + (name == "scale" and 1 - config.norm_offset), dtype)
+        is_linear = name == "kernel" and len(shape) == 2 and path.startswith("layers/") and shape[-1] > 8
+        return quantize(made, QuantSpec(bits=bits, group_size=group_size)) if is_linear else made
+
+    return fuse(nested((path, leaf(path, shape)) for path, shape in param_shapes(config).items()))
 
 
 def both_steps(config, params, rows=3, bound=2e-4, **cache):

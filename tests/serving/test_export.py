@@ -59,6 +59,25 @@ def test_the_manifest_says_where_every_leaf_lies(artefacts):
         assert leaf["nbytes"] == np.dtype(leaf["dtype"]).itemsize * int(np.prod(leaf["shape"]))
 
 
+def test_what_would_spoil_a_slot_is_refused(artefacts):
+    from awq_jax.serving.loader import Exported
+
+    model = Exported(artefacts[0])
+    first = model.begin(1, [5, 6, 7], max_new_tokens=9)
+    for row, prompt, new, said in (
+        (2, [9], 9, "rows 0 to 1"),
+        (-1, [9], 9, "rows 0 to 1"),
+        (0, [9, 2048], 9, "token 2048 is outside the vocabulary of 2048"),
+        (0, [-1], 9, "token -1"),
+        (0, [9], 0, "at least 1"),
+        (0, [9], 64, "a slot has 64 positions"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            model.begin(row, prompt, max_new_tokens=new)
+    drawn = [first, *model.advance()[1], *model.advance()[1]]
+    assert drawn == Exported(artefacts[0]).generate([[1], [5, 6, 7]], max_new_tokens=9)[1]
+
+
 def test_another_version_or_platform_is_refused(artefacts, tmp_path):
     from awq_jax.serving.loader import Exported
 

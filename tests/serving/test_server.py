@@ -240,6 +240,7 @@ def test_browsers_of_other_sites_are_refused(running):
         ("completions", {"temperature": float("inf")}, "temperature is inf"),
         ("completions", {"top_p": float("nan")}, "top_p is nan"),
         ("completions", {"max_tokens": -3}, "max_tokens is -3"),
+        ("completions", {"\ud800": 1}, r"\ud800=1 is not implemented here"),
         ("chat/completions", {"messages": [{"role": "wizard", "content": "a"}]}, 'role "wizard" is none of'),
     ],
 )

@@ -1,4 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -6,7 +8,7 @@ import optax
 import pytest
 
 from awq_jax import QuantSpec, adapt, dequantize, quantize
-from awq_jax.train import combine, fake_quantized, learned, learned_scales, split
+from awq_jax.train import apply_adapters, combine, fake_quantized, init_adapters, learned, learned_scales, split
 from tests.adapters.models import D, mlp, mlp_params
 from tests.adapters.served import RECIPE, dense, distance, quantized
 
@@ -100,3 +102,27 @@ def test_split_and_combine(x):
     wanted = jax.grad(lambda gain: jnp.sum(mlp({**dense(base), "norm": {"gain": gain}}, x)))(base["norm"]["gain"])
     np.testing.assert_allclose(gradient["norm"]["gain"], wanted, rtol=1e-3, atol=1e-4)
     assert distance(adapt.serve(mlp)(again, x), adapt.serve(mlp)(base, x)) == 0
+
+
+def test_split_takes_any_answer_for_yes_or_no(x):
+    _, base, _ = quantized(mlp, mlp_params(), x, recipe=RECIPE)
+    for answer in (lambda path: re.match("norm", path), lambda path: np.bool_(path.startswith("norm"))):
+        trained, frozen = split(base, answer)
+        assert [leaf.shape for leaf in jax.tree.leaves(trained)] == [(D,)]
+        jax.tree.map(np.testing.assert_array_equal, combine(trained, frozen), base)
+
+
+def test_scales_of_what_is_no_quantized_kernel_are_refused(x):
+    _, base, _ = quantized(mlp, mlp_params(), x, recipe=RECIPE)
+    path, scale = next(iter(learned_scales(base).items()))
+    for scales, said in (
+        ({"nowhere": scale}, "'nowhere' is not among the parameters"),
+        ({"norm/gain": scale}, "'norm/gain' is of type ArrayImpl"),
+        ({path: scale[:, :1]}, r"the scale of .* as learned_scales gives it"),
+    ):
+        for store in (False, True):
+            with pytest.raises(ValueError, match=said):
+                learned(base, scales, store=store)
+    adapted = apply_adapters(base, init_adapters(jax.random.key(0), base))
+    with pytest.raises(ValueError, match=r"is of type Adapted.*without adapters"):
+        learned_scales(adapted)

@@ -8,7 +8,7 @@ from jaxtyping import Array, Float, Float32
 
 from awq_jax_kernels.add_norm import pallas_gpu, pallas_tpu, reference
 from awq_jax_kernels.dispatch import Way, cuda, dispatch
-from awq_jax_kernels.product import unmapped
+from awq_jax_kernels.product import shapes_of, unmapped
 
 __all__ = ["add_norm"]
 
@@ -41,13 +41,16 @@ def add_norm(
       The sum and its norm, both in the dtype of h.
 
     Raises:
-      ValueError: the kernel was named and does not take these operands.
+      ValueError: shapes that disagree, or the kernel was named and does not take these operands.
 
     >>> import jax.numpy as jnp
     >>> total, normed = add_norm(jnp.array([[1.0, 5.0]]), jnp.array([[2.0, -1.0]]), jnp.ones(2), eps=0.0)
     >>> total.tolist(), [round(x, 4) for x in normed[0].tolist()]
     ([[3.0, 4.0]], [0.8485, 1.1314])
     """
+    if h.ndim != 2 or weight.shape != h.shape[1:] or (delta is not None and delta.shape != h.shape):
+        shapes = shapes_of(h=h, delta=delta, weight=weight)
+        raise ValueError(f"h must be (m, d), delta the same and weight (d,): {shapes}.")
     bound = {"eps": eps, "offset": offset}
     ways = {
         "tpu": Way(
@@ -57,15 +60,9 @@ def add_norm(
         ),
         "gpu": Way(
             functools.partial(pallas_gpu.refusal, h),
-            _alone(**bound),
+            unmapped(pallas_gpu.add_norm, reference.add_norm, **bound),
             cuda(),
         ),
         "reference": Way(lambda: None, functools.partial(reference.add_norm, **bound)),
     }
     return dispatch(implementation, ways, "reference", (h, delta, weight), f"add_norm takes h {h.dtype}{list(h.shape)}")
-
-
-@functools.cache
-def _alone(**bound: float) -> Any:
-    """The kernel; mapped over an axis, the definition."""
-    return unmapped(*(functools.partial(run, **bound) for run in (pallas_gpu.add_norm, reference.add_norm)))

@@ -15,5 +15,5 @@ def norm(s: Array, weight: Array, eps: float, offset: float) -> Array:
 
 def add_norm(h: Array, delta: Array | None, weight: Array, *, eps: float, offset: float) -> tuple[Array, Array]:
     """See `awq_jax_kernels.add_norm.add_norm`."""
-    total = h if delta is None else h + delta
+    total = h if delta is None else (h + delta).astype(h.dtype)
     return total, norm(total.astype(jnp.float32), weight, eps, offset).astype(h.dtype)

@@ -38,19 +38,13 @@ def gated(
     [[0.0, 200.0]]
     """
     check(product, activation)
-    bound = {"activation": activation}
+    alone = unmapped(pallas_gpu.gated, reference.gated, activation=activation)
     ways = {
-        "gpu": Way(functools.partial(pallas_gpu.refusal, product), _alone(activation), cuda()),
-        "reference": Way(lambda: None, functools.partial(reference.gated, **bound)),
+        "gpu": Way(functools.partial(pallas_gpu.refusal, product), alone, cuda()),
+        "reference": Way(lambda: None, functools.partial(reference.gated, activation=activation)),
     }
     what = f"gated takes a product {product.dtype}{list(product.shape)}"
     return dispatch(implementation, ways, "reference", (product,), what)
-
-
-@functools.cache
-def _alone(activation: str) -> Any:
-    """The kernel; mapped over an axis, the definition."""
-    return unmapped(*(functools.partial(run, activation=activation) for run in (pallas_gpu.gated, reference.gated)))
 
 
 def check(product: Any, activation: str) -> None:

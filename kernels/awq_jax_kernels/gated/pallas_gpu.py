@@ -28,6 +28,8 @@ def refusal(product: Any) -> str | None:
     """Why the kernel can't take a product of this shape and dtype, or None if it can."""
     if str(product.dtype) not in ("bfloat16", "float16"):
         return f"it is {product.dtype}, not bfloat16 or float16"
+    if len(product.shape) != 2:
+        return f"it has {len(product.shape)} axes, not 2"
     if product.shape[-1] % (2 * VECTOR):
         return f"{product.shape[-1]} columns are no multiple of {2 * VECTOR}"
     if not 0 < math.prod(product.shape) < MOST:

@@ -60,9 +60,10 @@ def gated_int4_matmul(
     if config is not None and implementation != "tpu":
         raise ValueError("config belongs to the kernel: name it, implementation='tpu'.")
     operands = (product, packed, scale, zero)
+    bound = {"activation": activation, "config": config}
     ways = {
-        "tpu": Way(functools.partial(_refusal, config, *operands), _in_one(activation, config), "tpu"),
-        "reference": Way(lambda: None, functools.partial(_apart, activation)),
+        "tpu": Way(functools.partial(_refusal, config, *operands), unmapped(_in_one, _apart, **bound), "tpu"),
+        "reference": Way(lambda: None, functools.partial(_apart, **bound)),
     }
     return dispatch(implementation, ways, "reference", operands, f"gated_int4_matmul takes {shapes}")
 
@@ -73,12 +74,10 @@ def _refusal(config: Any, product: Any, packed: Any, *rest: Any) -> str | None:
     return pallas_tpu.supports_halves(product, packed, *rest, config=config)
 
 
-def _apart(activation: str, product: Any, *weight: Any) -> Any:
+def _in_one(product: Any, *weight: Any, activation: str, config: Any) -> Any:
+    return pallas_tpu.multiply_halves(product, *weight, of_halves=of_halves(activation), config=config)
+
+
+def _apart(product: Any, *weight: Any, activation: str, config: Any) -> Any:
+    """The two one after the other; a config is the kernel's."""
     return int4_matmul(gated(product, activation=activation), *weight)
-
-
-@functools.cache
-def _in_one(activation: str, config: Any) -> Any:
-    """The kernel; mapped over an axis, the two one after the other."""
-    kernel = functools.partial(pallas_tpu.multiply_halves, of_halves=of_halves(activation), config=config)
-    return unmapped(kernel, functools.partial(_apart, activation))

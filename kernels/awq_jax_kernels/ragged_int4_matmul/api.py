@@ -2,7 +2,7 @@
 """`ragged_int4_matmul`: a mixture of experts' product, each expert's weight in INT4."""
 
 import functools
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -11,8 +11,9 @@ from jaxtyping import Array, Float, Int8, Int32
 from awq_jax_kernels.dispatch import Way, dispatch
 from awq_jax_kernels.int4_matmul import api as dense_api
 from awq_jax_kernels.int4_matmul import pallas_tpu
+from awq_jax_kernels.product import check_groups, check_rows, shapes_of
 from awq_jax_kernels.ragged_int4_matmul import reference
-from awq_jax_kernels.ragged_int4_matmul.tiles import place_rows
+from awq_jax_kernels.ragged_int4_matmul.tiles import in_tiles
 
 __all__ = ["ragged_int4_matmul"]
 
@@ -43,28 +44,45 @@ def ragged_int4_matmul(
       group_sizes: int32 ``[e]``, rows of each expert. Rows past their sum give zero.
       implementation: as in `awq_jax_kernels.int4_matmul.int4_matmul`.
       config: a `BlockConfig`, with implementation "tpu" alone.
-      tile: rows in a tile: about m / e, and a multiple of 16 for a TPU.
+      tile: rows in a tile: about m / e, and a multiple of 16 for a TPU; at least 1.
 
     Returns:
       ``[m, n]`` in the dtype of x. Differentiable with respect to x.
 
     Raises:
-      ValueError: the implementation named refuses the operands.
+      ValueError: shapes that disagree, a config without its implementation, or the implementation named refuses the
+        operands.
 
     >>> x, packed = jnp.array([[1.0, 1.0], [2.0, 2.0]]), jnp.array([[[0]], [[1]]], jnp.int8)  # codes 8, 8 and 9, 8
     >>> scale = jnp.ones((2, 1, 1))
     >>> ragged_int4_matmul(x, packed, scale, None, jnp.array([1, 1], jnp.int32)).ravel().tolist()
     [0.0, 2.0]
     """
+    _check(x, packed, scale, zero, group_sizes)
+    if implementation not in (None, *get_args(Implementation)):
+        raise ValueError(
+            f"unknown implementation {implementation!r}; choose from {', '.join(get_args(Implementation))}."
+        )
+    if config is not None and implementation != "tpu":
+        raise ValueError("config belongs to the kernel: name it, implementation='tpu'.")
+    if tile < 1:
+        raise ValueError(f"tile is {tile}; a tile has at least one row.")
     if implementation == "reference":
         return reference.ragged_int4_matmul(x, packed, scale, zero, group_sizes)
     if not x.shape[0]:
         return jnp.zeros((0, packed.shape[2]), x.dtype)
-    place, experts = place_rows(group_sizes, x.shape[0], tile)
-    rows = experts.shape[0] * tile
-    tiles = jnp.zeros((rows, x.shape[1]), x.dtype).at[place].set(x, mode="drop").reshape(-1, tile, x.shape[1])
+    tiles, experts, place = in_tiles(x, group_sizes, tile)
     y = _multiply_tiles(tiles, packed, scale, zero, experts, implementation=implementation, config=config)
-    return y.reshape(rows, -1).at[place].get(mode="fill", fill_value=0)
+    return y.reshape(-1, y.shape[-1]).at[place].get(mode="fill", fill_value=0)
+
+
+def _check(x: Any, packed: Any, scale: Any, zero: Any, group_sizes: Any) -> None:
+    """Raise where shapes disagree: an index past the last expert would read its weight."""
+    shapes = shapes_of(x=x, packed=packed, scale=scale, zero=zero, group_sizes=group_sizes)
+    if len(packed.shape) != 3 or len(x.shape) != 2 or group_sizes.shape != packed.shape[:1]:
+        raise ValueError(f"x must be (m, k), packed (e, k/2, n) and group_sizes (e,): {shapes}.")
+    check_rows(x, packed.shape[1:], 2, shapes)
+    check_groups(x.shape[-1], packed.shape, scale, zero, shapes)
 
 
 def _multiply_tiles(

@@ -2,9 +2,9 @@
 """Lay rows out in tiles of which each belongs to one expert, and back."""
 
 import jax.numpy as jnp
-from jaxtyping import Array, Int32
+from jaxtyping import Array, Float, Int32
 
-__all__ = ["place_rows"]
+__all__ = ["in_tiles", "place_rows"]
 
 
 def place_rows(group_sizes: Int32[Array, " e"], m: int, tile: int) -> tuple[Int32[Array, " m"], Int32[Array, " tiles"]]:
@@ -38,3 +38,18 @@ def place_rows(group_sizes: Int32[Array, " e"], m: int, tile: int) -> tuple[Int3
     last_used = jnp.searchsorted(last_tile, last_tile[-1] - 1, side="right")
     place = jnp.where(expert < count, place, total * tile)
     return place.astype(jnp.int32), jnp.minimum(owner, last_used).astype(jnp.int32)
+
+
+def in_tiles(
+    x: Float[Array, "m k"], group_sizes: Int32[Array, " e"], tile: int
+) -> tuple[Float[Array, "tiles tile k"], Int32[Array, " tiles"], Int32[Array, " m"]]:
+    """Rows in tiles of one expert each, filled up with zeros; whose each tile is; and where each row went.
+
+    Args:
+      x: ``[m, k]``, the rows of expert 0 first.
+      group_sizes: int32 ``[e]``, rows of each expert.
+      tile: rows of a tile.
+    """
+    place, experts = place_rows(group_sizes, x.shape[0], tile)
+    rows = jnp.zeros((experts.shape[0] * tile, x.shape[1]), x.dtype).at[place].set(x, mode="drop")
+    return rows.reshape(-1, tile, x.shape[1]), experts, place

@@ -9,7 +9,6 @@ products of a layer but attention.
 import functools
 from typing import Any, Literal
 
-import jax
 from jaxtyping import Array, Float, Float32, Int8, Int32
 
 from awq_jax_kernels.dispatch import Way, cuda, dispatch
@@ -78,7 +77,7 @@ def product(
     operands = (stream, packed, scale, zero)
     refusal = functools.partial(pallas_gpu.refusal_to_multiply, *operands, **bound)
     ways = {
-        "gpu": Way(refusal, _alone(pallas_gpu.product, reference.product, **bound), cuda()),
+        "gpu": Way(refusal, unmapped(pallas_gpu.product, reference.product, **bound), cuda()),
         "reference": Way(lambda: None, functools.partial(reference.product, **bound)),
     }
     return dispatch(implementation, ways, "reference", operands, _what("product", stream.weighted, scale))
@@ -122,7 +121,7 @@ def add_product(
     operands = (stream, x, weight, packed, scale, zero)
     refusal = functools.partial(pallas_gpu.refusal_to_add, *operands, offset=offset)
     ways = {
-        "gpu": Way(refusal, _alone(pallas_gpu.add_product, reference.add_product, offset=offset), cuda()),
+        "gpu": Way(refusal, unmapped(pallas_gpu.add_product, reference.add_product, offset=offset), cuda()),
         "reference": Way(lambda: None, functools.partial(reference.add_product, offset=offset)),
     }
     return dispatch(implementation, ways, "reference", operands, _what("add_product", x, scale))
@@ -132,12 +131,6 @@ def _check(x: Any, packed: Any, scale: Any, zero: Any) -> None:
     shapes, rows = shapes_of(x=x, packed=packed, scale=scale, zero=zero), rows_shape(packed)
     check_rows(x, rows, 2, shapes)
     check_groups(x.shape[-1], rows, scale, zero, shapes)
-
-
-@functools.cache
-def _alone(kernel: Any, definition: Any, **bound: Any) -> Any:
-    """The kernel, lowered once for all layers; mapped over an axis, the definition."""
-    return unmapped(jax.jit(functools.partial(kernel, **bound)), functools.partial(definition, **bound))
 
 
 def _what(name: str, x: Any, scale: Any) -> str:

@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Both on Hopper GPUs, one launch each: `int4_matmul`'s kernel with other ends."""
 
+import functools
 from typing import Any
 
+import jax
 from jaxtyping import Array
 
 from awq_jax_kernels.int4_matmul import pallas_gpu
@@ -20,6 +22,7 @@ def refusal_to_multiply(stream: Stream, *weight: Any, eps: float, activation: st
     return pallas_gpu.supports_ends(stream.weighted, *weight, ends=Ends(eps=eps, activation=activation))
 
 
+@functools.partial(jax.jit, static_argnames=("eps", "activation"))  # one lowering for all layers
 def product(stream: Stream, *weight: Any, eps: float, activation: str | None) -> Array:
     """See `awq_jax_kernels.stream.api.product`."""
     ends = Ends(eps=eps, activation=activation)
@@ -35,6 +38,7 @@ def refusal_to_add(stream: Stream, x: Any, norm_weight: Any, *weight: Any, offse
     return pallas_gpu.supports_ends(x, *weight, ends=Ends(adds=True, offset=offset))
 
 
+@functools.partial(jax.jit, static_argnames="offset")
 def add_product(stream: Stream, x: Array, norm_weight: Array, *weight: Any, offset: float) -> Stream:
     """See `awq_jax_kernels.stream.api.add_product`."""
     ends = Ends(adds=True, offset=offset)
