@@ -11,14 +11,14 @@ import numpy as np
 from jaxtyping import Array
 
 from awq_jax._activations import Sample, input_step
-from awq_jax._clip import search_clip
+from awq_jax._clip import clip_for
 from awq_jax._experts import each_expert, flat, stacked, without_starved
 from awq_jax._fold import fold_scale
 from awq_jax._gram import rescaled
 from awq_jax._plan import GroupPlan, LayerPlan
 from awq_jax._pytree import pytree
 from awq_jax._qtensor import QTensor, dequantize
-from awq_jax._round import quantize
+from awq_jax._round import Ends, quantize
 from awq_jax._search import ScaleResult, gram_loss, search_scale, split_columns
 from awq_jax._stats import ActStats
 from awq_jax._tree import get, put
@@ -92,7 +92,7 @@ def _round_group(
     for spec in dict.fromkeys(spec for _, spec, _ in plan.quantized):
         paths = [path for path, other, _ in plan.quantized if other == spec]
         wide = jnp.concatenate([kernels[path] for path in paths], axis=1)
-        ratio = jnp.concatenate([ratios[path] for path in paths], axis=1)
+        ratio = jax.tree.map(lambda *parts: jnp.concatenate(parts, axis=1), *(ratios[path] for path in paths))
         weight = _with_input_scale(round_by(wide, stats.gram, spec, layer.feedback, ratio), stats)
         loss += gram_loss(wide - dequantize(weight), stats)
         ends = np.cumsum([kernels[path].shape[1] for path in paths])
@@ -118,19 +118,21 @@ def _realigned(params: Params, plan: GroupPlan, drift: Drift) -> Params:
     return params
 
 
-def _clip_group(kernels: Mapping[str, Array], plan: GroupPlan, layer: LayerPlan, stats: ActStats) -> dict[str, Array]:
+def _clip_group(kernels: Mapping[str, Array], plan: GroupPlan, layer: LayerPlan, stats: ActStats) -> dict[str, Ends]:
     """Thresholds of the kernels; those of one format are searched side by side, those left unclipped have 1."""
-    ratios: dict[str, Array] = {}
+    ratios: dict[str, Ends] = {}
     for path, spec, _ in plan.quantized:
         k, n = kernels[path].shape
-        ratios[path] = jnp.ones((k // spec.rows_per_group(k), n))
+        whole = jnp.ones((k // spec.rows_per_group(k), n))
+        ratios[path] = Ends(whole, whole)
     if not layer.search.clip_ratios:
         return ratios
     for spec in dict.fromkeys(spec for _, spec, may_clip in plan.quantized if may_clip):
         paths = [path for path, other, may_clip in plan.quantized if may_clip and other == spec]
         wide = jnp.concatenate([kernels[path] for path in paths], axis=1)
-        found = search_clip(stats.gram, wide, spec, layer.search.clip_ratios)
-        ratios |= dict(zip(paths, split_columns(found, [kernels[path].shape[1] for path in paths]), strict=True))
+        ends = clip_for(layer.feedback, stats.gram, wide, spec, layer.search.clip_ratios)
+        columns = [split_columns(end, [kernels[path].shape[1] for path in paths]) for end in ends]
+        ratios |= dict(zip(paths, map(Ends, *columns), strict=True))
     return ratios
 
 

@@ -12,7 +12,9 @@ from awq_jax._qtensor import QTensor
 from awq_jax._spec import QuantSpec
 from awq_jax_kernels.layout import pack
 
-__all__ = ["Grid", "code_range", "fake_quantize", "fit_grid", "packed_on", "quantize", "smallest_scale", "to_codes"]
+__all__ = [
+    "Ends", "Grid", "code_range", "fake_quantize", "fit_grid", "packed_on", "quantize", "smallest_scale", "to_codes",
+]  # fmt: skip
 
 
 class Grid(NamedTuple):
@@ -20,6 +22,13 @@ class Grid(NamedTuple):
 
     scale: Float[Array, "*b groups n"]
     zero: Float[Array, "*b groups n"]
+
+
+class Ends(NamedTuple):
+    """Clipping thresholds of every (group, output), as fractions of its smallest and of its largest weight."""
+
+    low: Float[Array, "*b groups n"]
+    high: Float[Array, "*b groups n"]
 
 
 def _grouped(weight: Array, spec: QuantSpec) -> Array:
@@ -34,7 +43,9 @@ def smallest_scale(dtype: Any) -> float:
     return 2.0**-24 if jnp.dtype(dtype) == jnp.float16 else float(jnp.finfo(dtype).tiny)
 
 
-def fit_grid(weight: Float[Array, "*b k n"], spec: QuantSpec, ratio: Float[Array, "*b groups n"] | None = None) -> Grid:
+def fit_grid(
+    weight: Float[Array, "*b k n"], spec: QuantSpec, ratio: Float[Array, "*b groups n"] | Ends | None = None
+) -> Grid:
     """The grid that spans each group's range, shrunk by ``ratio``.
 
     The range always contains 0, so that zero weights stay zero and a one-sided group keeps its values. The scale is
@@ -44,7 +55,7 @@ def fit_grid(weight: Float[Array, "*b k n"], spec: QuantSpec, ratio: Float[Array
     Args:
       weight: ``[*b, k, n]``.
       spec: the number format.
-      ratio: clipping threshold as a fraction of the range, ``[*b, k/g, n]``.
+      ratio: clipping threshold as a fraction of the range, ``[*b, k/g, n]``, or one for each end of it.
     """
     grid = _span(weight, spec, ratio)
     # Asked for by itself: the maximum of a vector with a NaN is a number on some of XLA's backends.
@@ -52,13 +63,14 @@ def fit_grid(weight: Float[Array, "*b k n"], spec: QuantSpec, ratio: Float[Array
     return Grid(jnp.where(sound, grid.scale, jnp.nan), grid.zero)
 
 
-def _span(weight: Array, spec: QuantSpec, ratio: Array | None) -> Grid:
+def _span(weight: Array, spec: QuantSpec, ratio: Array | Ends | None) -> Grid:
     """`fit_grid` of numbers."""
     groups = _grouped(weight.astype(jnp.float32), spec)
     high = jnp.maximum(groups.max(-2), 0.0)
     low = jnp.minimum(groups.min(-2), 0.0)
     if ratio is not None:
-        high, low = high * ratio, low * ratio
+        ends = ratio if isinstance(ratio, Ends) else Ends(ratio, ratio)
+        high, low = high * ends.high, low * ends.low
     if spec.symmetric:
         step = jnp.maximum(high, -low) / (2 ** (spec.bits - 1) - 0.5)
     else:
@@ -97,7 +109,7 @@ def packed_on(codes: UInt8[Array, "*b k n"], grid: Grid, spec: QuantSpec) -> QTe
 
 
 def fake_quantize(
-    weight: Float[Array, "*b k n"], spec: QuantSpec, ratio: Float[Array, "*b groups n"] | None = None
+    weight: Float[Array, "*b k n"], spec: QuantSpec, ratio: Float[Array, "*b groups n"] | Ends | None = None
 ) -> Float[Array, "*b k n"]:
     """``dequantize(quantize(weight))`` without the bytes: float32, what searches evaluate.
 
@@ -110,7 +122,7 @@ def fake_quantize(
 def quantize(
     weight: Float[Array, "*b k n"],
     spec: QuantSpec = QuantSpec(),  # noqa: B008 - frozen
-    ratio: Float[Array, "*b groups n"] | None = None,
+    ratio: Float[Array, "*b groups n"] | Ends | None = None,
 ) -> QTensor:
     """Round a weight to the nearest codes.
 
@@ -120,7 +132,8 @@ def quantize(
     Args:
       weight: ``[*b, k, n]``, any float dtype; computed in float32.
       spec: the number format.
-      ratio: clipping thresholds ``[*b, k/g, n]`` as fractions of each range, from `search_clip`.
+      ratio: clipping thresholds ``[*b, k/g, n]`` as fractions of each range, from `search_clip`, or one for each end of
+        it, from `settle_clip`.
 
     Returns:
       The packed weight.
@@ -141,7 +154,8 @@ def quantize(
     *b, k, n = weight.shape
     groups = k // spec.rows_per_group(k)
     if ratio is not None:
-        refuse_shape("ratio", ratio, (*b, groups, n), "one for each group and output")
+        for ends in ratio if isinstance(ratio, Ends) else (ratio,):
+            refuse_shape("ratio", ends, (*b, groups, n), "one for each group and output")
     grid = fit_grid(weight, spec, ratio)
     if not isinstance(grid.scale, Tracer):
         _refuse_overflow(weight, grid.scale)

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from awq_jax._plan import GroupPlan, LayerPlan
-from awq_jax._spec import Recipe
+from awq_jax._spec import QuantSpec, Recipe
 from awq_jax._tree import nested
 from awq_jax.admit import admit
 from awq_jax.budget import choose
@@ -119,12 +119,19 @@ def _group_flops(group: GroupPlan, plan: LayerPlan, widths: Mapping[str, tuple[i
     gram = 2 * k * block * (tokens // plan.search.stride(tokens, k))
     candidates = len(plan.search.candidates) if group.group.producer is not None else 1
     clip = sum(
-        2 * spec.rows_per_group(k) * k * widths[path][1] * (1 + len(plan.search.clip_ratios))
+        2 * k * widths[path][1] * _flops_a_weight_to_clip(spec, plan, k, block)
         for path, spec, may_clip in group.quantized
         if may_clip and plan.search.clip_ratios
     )
     sampled = sum(widths[path][1] for path, spec, _ in group.quantized if spec.activations != "float")
     return gram + candidates * 2 * k * (block * n + 2 * min(tokens, MEASURED) * sampled) + clip
+
+
+def _flops_a_weight_to_clip(spec: QuantSpec, plan: LayerPlan, k: int, block: int) -> int:
+    """Multiplications of one weight with a Gram matrix: with its group's block, and in `settle_clip` with all of it."""
+    sweeps = 0 if plan.feedback is not None else 1 if spec.symmetric else 2
+    tried, g = 1 + len(plan.search.clip_ratios), spec.rows_per_group(k)
+    return g * tried + sweeps * (block + g * (tried + 2))
 
 
 def layer_flops(

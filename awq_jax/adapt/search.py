@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from awq_jax._clip import search_clip
+from awq_jax._clip import clip_for
 from awq_jax._gram import rescaled
 from awq_jax._round import quantize
 from awq_jax._search import ScaleResult, gram_loss, search_scale
@@ -107,7 +107,7 @@ def round_matrix(
         if gram is None:
             return quantize(w, spec)
         gram = rescaled(gram, t)
-        ratio = search_clip(gram, w, spec, ratios) if ratios else None
+        ratio = clip_for(feedback, gram, w, spec, ratios) if ratios else None
         return round_by(w, gram, spec, feedback, ratio)
 
     t = jnp.ones(wide.shape[:-1]) if rows is None else jnp.broadcast_to(rows, wide.shape[:-1])

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from awq_jax._qtensor import QTensor
-from awq_jax._round import Grid, fit_grid, packed_on
+from awq_jax._round import Ends, Grid, fit_grid, packed_on
 from awq_jax._spec import GPTQSpec, QuantSpec
 from awq_jax.methods._rows import RowGrid, block_of, column_loss, spread, to_codes, to_values
 
@@ -122,7 +122,7 @@ def gptq(
     gram: Float[Array, "..."],
     spec: QuantSpec = QuantSpec(),  # noqa: B008 - frozen
     how: GPTQSpec = GPTQSpec(),  # noqa: B008 - frozen
-    ratio: Float[Array, "groups n"] | None = None,
+    ratio: Float[Array, "groups n"] | Ends | None = None,
 ) -> QTensor:
     """Round a weight so that its *output* moves least: `quantize` with error feedback.
 
@@ -131,7 +131,7 @@ def gptq(
       gram: ``X'X`` of the weight's input, `ActStats.gram`; of a blocked one each block is a problem of its own.
       spec: the number format.
       how: damping, order, sweeps.
-      ratio: clipping thresholds from `search_clip`.
+      ratio: clipping thresholds from `search_clip` or `settle_clip`.
 
     Returns:
       The packed weight, in the same form as `quantize` gives. Of every output the error ``d' G d`` is at most that of

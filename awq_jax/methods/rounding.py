@@ -4,7 +4,7 @@
 from jaxtyping import Array, Float
 
 from awq_jax._qtensor import QTensor
-from awq_jax._round import quantize
+from awq_jax._round import Ends, quantize
 from awq_jax._spec import GPTQSpec, QuantSpec
 from awq_jax.methods.gptq import gptq
 
@@ -16,7 +16,7 @@ def round_by(
     gram: Float[Array, "..."],
     spec: QuantSpec,
     feedback: GPTQSpec | None,
-    ratio: Float[Array, "groups n"] | None,
+    ratio: Float[Array, "groups n"] | Ends | None,
 ) -> QTensor:
     """To the nearest codes, or with error feedback where the recipe says how.
 
@@ -25,7 +25,7 @@ def round_by(
       gram: ``X'X`` of its input, whole or in blocks.
       spec: the number format.
       feedback: how GPTQ rounds; None rounds to nearest.
-      ratio: clipping thresholds from `search_clip`; None does not clip.
+      ratio: clipping thresholds from `search_clip` or `settle_clip`; None does not clip.
 
     Raises:
       ValueError: as `quantize` and `gptq`.

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from awq_jax import QTensor, QuantSpec, dequantize, quantize
-from awq_jax._round import fake_quantize
+from awq_jax._round import Ends, fake_quantize
 
 GROUPS = [
     pytest.param(np.zeros((8, 1)), id="all zero"),
@@ -118,6 +118,23 @@ def test_group_size_must_divide():
 def test_spec_refuses(fields):
     with pytest.raises(ValueError, match=next(iter(fields))):
         QuantSpec(**fields)
+
+
+def test_either_end_of_a_range_has_a_threshold_of_its_own(rng):
+    spec = QuantSpec(group_size=32, scale_dtype="float32")
+    w = rng.standard_normal((64, 12)).astype(np.float32)
+    low, high = rng.uniform(0.5, 1, (2, 2, 12)).astype(np.float32)
+    groups = w.reshape(2, 32, 12).astype(np.float64)
+    bottom, top = low * groups.min(1), high * groups.max(1)
+    step = ((top - bottom) / spec.levels)[:, None]
+    zero = np.round(-bottom[:, None] / step)
+    wanted = (np.clip(np.round(groups / step) + zero, 0, spec.levels) - zero) * step
+    ends = Ends(jnp.asarray(low), jnp.asarray(high))
+    got = dequantize(quantize(jnp.asarray(w), spec, ends))
+    np.testing.assert_allclose(got, wanted.reshape(w.shape), atol=1e-5)
+    np.testing.assert_array_equal(got, fake_quantize(jnp.asarray(w), spec, ends))
+    with pytest.raises(ValueError, match="one for each group and output"):
+        quantize(jnp.asarray(w), spec, Ends(jnp.asarray(low), jnp.asarray(high[:1])))
 
 
 def test_tree_operations_accept_any_leaf():
