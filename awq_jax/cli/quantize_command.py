@@ -73,7 +73,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=("minmax", "awq", "gptq", "awq+gptq", "smoothquant"),
         default="awq",
         help="minmax: round to nearest; awq: searched scales and thresholds; gptq: rounding with error feedback; "
-        "awq+gptq: both, a third less KL divergence than awq for 1.3 times its time on CPUs, twice on GPUs; "
+        "awq+gptq: both, a quarter less KL divergence than awq for 1.3 times its time on CPUs, twice on GPUs; "
         "smoothquant: 8-bit weights and int8 activations, scales searched for both (%(default)s)",
     )
     add(
@@ -213,7 +213,7 @@ def _summary(report: "Report", out: pathlib.Path) -> None:
 
         console.print(f"bits: {bits_in_words(report.budget)}")
     if report.recipe["method"] == "awq":
-        console.print("--method awq+gptq leaves a third less KL divergence, for 1.3 (CPU) to 2 (GPU) times the time")
+        console.print("--method awq+gptq leaves a quarter less KL divergence, for 1.3 (CPU) to 2 (GPU) times the time")
 
 
 @contextlib.contextmanager
