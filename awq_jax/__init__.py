@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from awq_jax import serving as serving
     from awq_jax import train as train
     from awq_jax._clip import search_clip as search_clip
+    from awq_jax._clip import settle_clip as settle_clip
     from awq_jax._fold import fold_scale as fold_scale
     from awq_jax._outliers import plant_outliers as plant_outliers
     from awq_jax._plan import plan_layers as plan_layers
@@ -48,7 +49,7 @@ if TYPE_CHECKING:
     from awq_jax.pipeline import quantize_checkpoint as quantize_checkpoint
 
 _HOME = {
-    "_clip": ("search_clip",),
+    "_clip": ("search_clip", "settle_clip"),
     "_fold": ("fold_scale",),
     "_outliers": ("plant_outliers",),
     "_plan": ("plan_layers",),

@@ -115,6 +115,11 @@ def settle_clip(
 
     Returns:
       ratios, float32 ``[k/g, n]`` of each end; those of `search_clip` where the Gram matrix is not finite.
+
+    >>> weight = jax.random.normal(jax.random.key(0), (256, 8)) ** 3
+    >>> ends = settle_clip(jnp.eye(256), weight, QuantSpec(), (0.9, 0.8, 0.7))
+    >>> ends.low.shape, bool((ends.low != ends.high).any())
+    ((2, 8), True)
     """
     n = weight.shape[1]
     found = search_clip(gram, weight, spec, ratios)
