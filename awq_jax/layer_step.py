@@ -247,6 +247,7 @@ def _chosen(
     stats, whole = placing.everywhere(stats), placing.gathered(params)
     loss = block_loss(config, whole, inputs, keep, plan) if plan.search.objective == "block" else lambda group: None
     samples = _samples(config, whole, inputs, keep, plan)
+    params = placing.by_outputs(params)
     searched = quantize_layer(params, stats, plan, loss, reobserve, samples)
     if refined is not None:
         searched = refined(searched)

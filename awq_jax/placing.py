@@ -14,13 +14,14 @@ __all__ = ["ALONE", "Placing", "axes_of_weight"]
 
 
 def axes_of_weight(shape: Sequence[int], sizes: Mapping[str, int], columns: tuple[str, ...]) -> tuple[Any, ...]:
-    """Mesh axes of a matrix ``[*b, k, n]``: of ``columns`` as many as divide n, ``fsdp`` for k; a vector has none."""
+    """Mesh axes of a matrix ``[*b, k, n]``: of ``columns`` as many as divide n, and ``fsdp``, if left, for k."""
     if len(shape) < 2:
         return ()
     *b, k, n = shape
     while columns and n % math.prod(sizes[name] for name in columns):
         columns = columns[:-1]
-    return (*(None for _ in b), "fsdp" if k % sizes["fsdp"] == 0 else None, columns or None)
+    rows = "fsdp" if "fsdp" not in columns and k % sizes["fsdp"] == 0 else None
+    return (*(None for _ in b), rows, columns or None)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,6 +42,13 @@ class Placing:
             return params
         sizes = dict(self.mesh.shape)
         return jax.tree.map(lambda array: self._put(array, *axes_of_weight(array.shape, sizes, ("model",))), params)
+
+    def by_outputs(self, params: Any) -> Any:
+        """Weights as they are searched: an output by itself, with all its inputs, so that no step of it is a gather."""
+        if self.mesh is None:
+            return params
+        sizes, columns = dict(self.mesh.shape), ("model", "data", "fsdp") if self.shared else ("model", "fsdp")
+        return jax.tree.map(lambda array: self._put(array, *axes_of_weight(array.shape, sizes, columns)), params)
 
     def cut(self, array: Any) -> Any:
         """Sums that grow batch by batch: along the first axis each device has a part, where it divides."""

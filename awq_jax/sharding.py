@@ -46,8 +46,9 @@ class Layout:
 
     Samples are spread over ``data`` and ``fsdp``, outputs of a weight over ``model``, its inputs over ``fsdp``. Within
     one process the outputs are spread over ``data`` too: a search looks at each output by itself, so devices that see
-    other samples share it, and only the forward pass gathers the weights (`Placing`). An axis of a weight that does
-    not divide evenly stays whole. Shapes (`jax.ShapeDtypeStruct`) are placed like arrays.
+    other samples share it, and only the forward pass gathers the weights (`Placing`). While it lasts, outputs are
+    spread over ``fsdp`` as well and inputs are whole. An axis of a weight that does not divide evenly stays whole, and
+    a vector is whole. Shapes (`jax.ShapeDtypeStruct`) are placed like arrays.
 
     Of several processes each puts its own part of what all of them hold; ``data`` is the outermost axis, so that it
     runs over processes first and weights are spread within one, where links are fast.
