@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from awq_jax._gram import PRECISION, diagonal_blocks
+from awq_jax._operands import refuse_gram, refuse_weight
 from awq_jax._round import Ends, fake_quantize
 from awq_jax._spec import GPTQSpec, QuantSpec
 
@@ -74,9 +75,14 @@ def search_clip(
 
     Returns:
       ratios, float32 ``[k/g, n]``.
+
+    Raises:
+      TypeError, ValueError: an operand of another shape or kind.
     """
+    refuse_weight(weight, leading=False)
     k, n = weight.shape
     g = spec.rows_per_group(k)
+    refuse_gram(gram, k, g)
     groups = k // g
     diagonal = diagonal_blocks(gram, g)
     tried = _with_whole(ratios)
@@ -116,13 +122,16 @@ def settle_clip(
     Returns:
       ratios, float32 ``[k/g, n]`` of each end; those of `search_clip` where the Gram matrix is not finite.
 
+    Raises:
+      TypeError, ValueError: as `search_clip`.
+
     >>> weight = jax.random.normal(jax.random.key(0), (256, 8)) ** 3
     >>> ends = settle_clip(jnp.eye(256), weight, QuantSpec(), (0.9, 0.8, 0.7))
     >>> ends.low.shape, bool((ends.low != ends.high).any())
     ((2, 8), True)
     """
-    n = weight.shape[1]
     found = search_clip(gram, weight, spec, ratios)
+    n = weight.shape[1]
     shape = (len(found), -1, n)
     error = (weight - fake_quantize(weight, spec, found)).reshape(shape)
     each = (weight.reshape(shape), error, found)
@@ -151,9 +160,8 @@ def _settle(gram: Array, found: tuple[Array, Array, Array], spec: QuantSpec, rat
         def visit(errors: Array, group: tuple[Array, Array, Array, Array, Ends]) -> tuple[Array, Ends]:
             index, strip, inner, part, ends = group
             old = errors[index]
-            others = jnp.matmul(strip, errors.reshape(-1, n), precision=PRECISION)
-            others -= jnp.matmul(inner, old, precision=PRECISION)
             product = lambda error: jnp.matmul(inner, error, precision=PRECISION)
+            others = jnp.matmul(strip, errors.reshape(-1, n), precision=PRECISION) - product(old)
             loss = lambda error: jnp.sum(error * (product(error) + 2 * others), axis=0)
             start = _Found(loss(old), ends, old)
             best = _best(start, part, spec, ratios, loss, moved, unrolled=unrolled)

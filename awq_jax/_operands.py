@@ -5,7 +5,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
-__all__ = ["refuse_activations", "refuse_shape", "refuse_weight"]
+__all__ = ["refuse_activations", "refuse_gram", "refuse_shape", "refuse_weight"]
 
 
 def _described(value: Any) -> str:
@@ -82,3 +82,27 @@ def refuse_shape(name: str, value: Any, wanted: tuple[int, ...], why: str) -> No
     """
     if getattr(value, "shape", None) != wanted:
         raise ValueError(f"{name} is {_described(value)}; it must be {list(wanted)}, {why}.")
+
+
+def refuse_gram(gram: Any, k: int, rows: int) -> None:
+    """Refuse what is no Gram matrix of k inputs, whole or in blocks of whole groups.
+
+    Args:
+      gram: anything.
+      k: rows of the weight.
+      rows: of a group; divides k.
+
+    Raises:
+      TypeError: it is no array.
+      ValueError: it has no floats, or another shape.
+
+    >>> refuse_gram(jnp.eye(128), 256, 64)
+    Traceback (most recent call last):
+    ValueError: gram is float32[128, 128]; it must be [256, 256], or [256/b, b, b] with b a multiple of the group's 64.
+    """
+    wanted = f"[{k}, {k}], or [{k}/b, b, b] with b a multiple of the group's {rows}"
+    _refuse_other_than_floats("gram", gram, wanted)
+    block = gram.shape[-1] if gram.shape else 0
+    in_blocks = block and k % block == 0 and block % rows == 0 and gram.shape == (k // block, block, block)
+    if not in_blocks and gram.shape != (k, k):
+        raise ValueError(f"gram is {_described(gram)}; it must be {wanted}.")

@@ -40,15 +40,13 @@ class Placing:
         """Weights as samples pass through them: outputs over ``model``, inputs over ``fsdp``, whole along ``data``."""
         if self.mesh is None or not self.shared:
             return params
-        sizes = dict(self.mesh.shape)
-        return jax.tree.map(lambda array: self._put(array, *axes_of_weight(array.shape, sizes, ("model",))), params)
+        return self._spread(params, ("model",))
 
     def by_outputs(self, params: Any) -> Any:
         """Weights as they are searched: an output by itself, with all its inputs, so that no step of it is a gather."""
         if self.mesh is None:
             return params
-        sizes, columns = dict(self.mesh.shape), ("model", "data", "fsdp") if self.shared else ("model", "fsdp")
-        return jax.tree.map(lambda array: self._put(array, *axes_of_weight(array.shape, sizes, columns)), params)
+        return self._spread(params, ("model", "data", "fsdp") if self.shared else ("model", "fsdp"))
 
     def cut(self, array: Any) -> Any:
         """Sums that grow batch by batch: along the first axis each device has a part, where it divides."""
@@ -59,6 +57,11 @@ class Placing:
     def everywhere(self, tree: Any) -> Any:
         """The same on every device: what each of them multiplies its own outputs with, again and again."""
         return tree if self.mesh is None else jax.tree.map(self._put, tree)
+
+    def _spread(self, params: Any, columns: tuple[str, ...]) -> Any:
+        assert self.mesh is not None
+        sizes = dict(self.mesh.shape)
+        return jax.tree.map(lambda array: self._put(array, *axes_of_weight(array.shape, sizes, columns)), params)
 
     def _put(self, array: Any, *axes: Any) -> Any:
         assert self.mesh is not None

@@ -94,6 +94,7 @@ def _child(case: str) -> dict[str, Any]:
     from awq_jax import Recipe, SearchSpec
     from awq_jax._plan import plan_layers
     from awq_jax._tie import Tie
+    from awq_jax._tree import nested
     from awq_jax.dry_run import layer_flops
     from awq_jax.families import FAMILIES
     from awq_jax.gram_memory import gram_bytes, limit_of
@@ -112,13 +113,7 @@ def _child(case: str) -> dict[str, Any]:
     tie = Tie(kv_heads=config.num_kv_heads, repeats=config.num_heads // config.num_kv_heads)
     recipe = Recipe(search=SearchSpec(gram_limit=limit_of(hbm)))
     (plan,) = plan_layers(FAMILIES["llama"], recipe, 1, widths, tie)
-    tree: dict[str, Any] = {}
-    for path, s in shapes.items():
-        node = tree
-        *parents, leaf = path.split("/")
-        for key in parents:
-            node = node.setdefault(key, {})
-        node[leaf] = jax.ShapeDtypeStruct(s, jnp.float32)
+    tree = nested((path, jax.ShapeDtypeStruct(s, jnp.float32)) for path, s in shapes.items())
     chunks = CHUNKS[shape]
     tokens = chunks[0] * chunks[1] * chunks[2]
     traced = quantize_and_measure.trace(

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from awq_jax._operands import refuse_gram, refuse_weight
 from awq_jax._qtensor import QTensor
 from awq_jax._round import Ends, Grid, fit_grid, packed_on
 from awq_jax._spec import GPTQSpec, QuantSpec
@@ -137,10 +138,15 @@ def gptq(
       The packed weight, in the same form as `quantize` gives. Of every output the error ``d' G d`` is at most that of
       nearest rounding on the same grid: where feedback does not help, the nearest codes are kept.
 
+    Raises:
+      TypeError, ValueError: an operand of another shape or kind.
+
     >>> both_equal = jnp.ones((2, 2))  # only the sum of a column reaches the output
     >>> gptq(jnp.array([[0.3], [0.4]]), both_equal, QuantSpec(group_size=2)).shape
     (2, 1)
     """
+    refuse_weight(weight, leading=False)
+    refuse_gram(gram, len(weight), spec.rows_per_group(len(weight)))
     weight = weight.astype(jnp.float32)
     grid = fit_grid(weight, spec, ratio)
     if gram.ndim == 2:

@@ -128,3 +128,10 @@ def test_devices_that_share_the_outputs_settle_them_without_each_other(correlate
     wanted, got = settle(gram, jnp.asarray(w), spec, RATIOS), settle(everywhere, placed, spec, RATIOS)
     one, eight = (output_error(x, w, spec, jax.tree.map(np.asarray, ends)) for ends in (wanted, got))
     assert (np.abs(eight / one - 1) < 1e-3).mean() > 0.9
+
+
+@pytest.mark.parametrize("shape", [(128, 128), (256, 128), (3, 100, 100), (4, 64, 64), (256,), ()])
+def test_a_gram_matrix_of_other_inputs_is_refused(shape):
+    for find in (search_clip, settle_clip):
+        with pytest.raises(ValueError, match=r"gram is .*must be \[256, 256\], or \[256/b, b, b\]"):
+            find(jnp.ones(shape), jnp.ones((256, 8)), QuantSpec(group_size=128), (0.9,))
